@@ -1,0 +1,284 @@
+"""The typed configuration behind `conf/`: every field documented and range-checked, before anything runs.
+
+Hydra composes the YAML files of `conf/` onto these dataclasses, so an unknown field or a wrong type is refused while
+composing; `check` then refuses values out of range and combinations that make no sense.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gqa_exp.errors import InputError, suggest
+
+METHODS = ("mean", "first", "random")
+"""How the K/V heads of a group become one (paper section 2.1 and Figure 4)."""
+DTYPES = ("float32", "bfloat16", "float16")
+TASK_KINDS = ("summarization", "translation", "question answering")
+METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
+OPTIMIZER_SLOTS = ("pool", "reset")
+
+
+def bounded(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A dataclass field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default: str, choices: tuple[str, ...]) -> Any:
+    """A dataclass field whose value must be one of `choices`."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass
+class ModelConfig:
+    """Geometry of the multi-head base, and where its checkpoint lies."""
+
+    name: str = "mini"
+    d_model: int = bounded(256, 1)
+    d_ff: int = bounded(768, 1)
+    num_heads: int = bounded(8, 1)
+    head_dim: int = bounded(32, 1)
+    num_encoder_layers: int = bounded(4, 1)
+    num_decoder_layers: int = bounded(4, 1)
+    vocab_size: int = bounded(8192, 128)
+    base: str | None = None
+    """Folder of the MHA base checkpoint; null: the one shipped under gqa_exp/checkpoints/NAME."""
+
+
+@dataclass
+class CorpusConfig:
+    """Pre-training text and its span corruption (PAPER.md: 512 input / 114 target tokens, 15 % noise, mean span 3)."""
+
+    name: str = "embedded"
+    input_length: int = bounded(512, 8)
+    target_length: int = bounded(114, 4)
+    noise_density: float = bounded(0.15, 0.01, 0.9)
+    mean_span: float = bounded(3.0, 1.0, 100.0)
+    files: list[str] = field(default_factory=list)
+    """UTF-8 text files to use instead of the embedded text, one document per file."""
+
+
+@dataclass
+class PretrainConfig:
+    """Recipe of the base, which uptraining continues: Adafactor, flat then reciprocal square root, z-loss."""
+
+    steps: int = bounded(1600, 1)
+    """Length of the base's run; uptraining for proportion p takes round(p * steps) more steps."""
+    batch_size: int = bounded(14, 1)
+    """Windows per optimizer step."""
+    peak_lr: float = bounded(0.05, 1e-8, 1.0)
+    flat_fraction: float = bounded(0.01, 0.0, 1.0)
+    """The rate stays at its peak for this share of the base's steps, then falls as 1/sqrt(step)."""
+    z_loss: float = bounded(1e-4, 0.0, 1.0)
+
+
+@dataclass
+class ConvertConfig:
+    """Details of conversion beside the number of heads and the method."""
+
+    optimizer_slots: str = one_of("pool", OPTIMIZER_SLOTS)
+    """What happens to Adafactor's second moments of the pooled K/V projections."""
+
+
+@dataclass
+class TaskConfig:
+    """A text-to-text task: what its examples look like and how it is scored."""
+
+    name: str = "debian_synopsis"
+    kind: str = one_of("summarization", TASK_KINDS)
+    metric: str = one_of("rouge1", METRICS)
+    """The primary metric: reported as `score`, used to select on dev."""
+    prompt: str = ""
+    """Put before every input."""
+    max_input_tokens: int = bounded(512, 1)
+    max_target_tokens: int = bounded(64, 1)
+    """Also the generation limit."""
+    passages: int = bounded(1, 1, 64)
+    """debian_cloze only: packages in the context, the right one among them."""
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tuning: constant learning rate, best checkpoint on dev (paper section 3.1)."""
+
+    steps: int = bounded(150, 0)
+    batch_tokens: int = bounded(4096, 1)
+    """Input plus target tokens of an optimizer step, padding included; examples of similar length share a batch."""
+    lr: float = bounded(1e-3, 1e-8, 1.0)
+    dropout: float = bounded(0.1, 0.0, 0.9)
+    z_loss: float = bounded(1e-4, 0.0, 1.0)
+    evaluate_every: int = bounded(75, 1)
+    """Steps between dev evaluations."""
+    patience: int = bounded(5, 1)
+    """Stop after this many dev evaluations without a better score."""
+    dev_examples: int = bounded(128, 1)
+
+
+@dataclass
+class EvaluationConfig:
+    """Greedy evaluation of a fine-tuned checkpoint."""
+
+    split: str = one_of("test", ("dev", "test"))
+    max_examples: int = bounded(500, 1)
+    """The first so many examples of the split in its fixed shuffled order."""
+    batch_tokens: int = bounded(16384, 1)
+    """Input tokens of a generation batch, padding included."""
+    dtype: str = one_of("bfloat16", DTYPES)
+    """Number format of weights, caches and arithmetic while generating."""
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how training runs."""
+
+    accelerator: str = one_of("cpu", ("cpu", "gpu", "auto"))
+    devices: int = bounded(1, 1)
+    num_nodes: int = bounded(1, 1)
+    strategy: str = "auto"
+    precision: str = one_of("bf16-mixed", ("32-true", "bf16-mixed"))
+    """bf16-mixed: float32 weights, bfloat16 matrix products."""
+    compile: bool = True
+    """torch.compile the layers; eager where there is no C++ compiler."""
+    threads: int | None = None
+    """CPU threads; null: all physical cores."""
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms, for bitwise promises."""
+    checkpoint_minutes: float = bounded(5.0, 0.0)
+    """Minutes between checkpoints from which an interrupted stage resumes."""
+    report_seconds: float = bounded(10.0, 0.0)
+    """Seconds between progress lines."""
+
+
+@dataclass
+class TimingConfig:
+    """The timing protocol (DESIGN.md, "Timing that can be trusted")."""
+
+    enabled: bool = True
+    batch_size: int = bounded(64, 1)
+    source_length: int = bounded(1024, 1)
+    output_length: int = bounded(64, 1)
+    dtype: str = one_of("bfloat16", DTYPES)
+    device: str = one_of("cpu", ("cpu", "cuda"))
+    min_rounds: int = bounded(5, 2)
+    min_seconds: float = bounded(20.0, 0.0)
+    """Counted rounds go on until both minima are reached."""
+    max_seconds: float = bounded(600.0, 1.0)
+    warmup_rounds: int = bounded(1, 1)
+    seed: int = bounded(0, 0)
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; offline writes run folders that `wandb sync` uploads later."""
+
+    mode: str = one_of("offline", ("disabled", "offline", "online"))
+    project: str = "gqa_exp"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    """One point, and how to compute it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    num_kv_heads: Any = None
+    """null: as many as query heads (MHA); an int; or a list with one int per decoder layer."""
+    method: str = one_of("mean", METHODS)
+    proportion: float = bounded(0.05, 0.0, 1.0)
+    """Uptraining steps as a share of the base's steps (the paper's alpha)."""
+    seed: int = bounded(0, 0, 2**31 - 1)
+    sweep: str = "single"
+    output: str = "runs"
+    """Folder of the store, the results and the tracking files."""
+
+
+def kv_heads_per_layer(num_kv_heads: Any, num_heads: int, num_layers: int) -> tuple[int, ...]:
+    """The canonical form of `num_kv_heads`: one int per decoder layer.
+
+    Args:
+        num_kv_heads: None (as many as query heads), an int, or a sequence of one int per decoder layer.
+        num_heads: query heads H.
+        num_layers: decoder layers.
+
+    Raises:
+        InputError: not an int or list of ints, a wrong number of them, or one that is 0, above H or no divisor of H.
+    """
+    if num_kv_heads is None:
+        return (num_heads,) * num_layers
+    if isinstance(num_kv_heads, int) and not isinstance(num_kv_heads, bool):
+        heads: tuple[Any, ...] = (num_kv_heads,) * num_layers
+    elif isinstance(num_kv_heads, list | tuple):
+        heads = tuple(num_kv_heads)
+        if len(heads) != num_layers:
+            raise InputError(
+                f"num_kv_heads={list(heads)} has {len(heads)} entries, but the decoder has {num_layers} layers; "
+                "give one int, or one per decoder layer"
+            )
+    else:
+        raise InputError(f"num_kv_heads={num_kv_heads!r} must be an int or a list of one int per decoder layer")
+    divisors = [g for g in range(1, num_heads + 1) if num_heads % g == 0]
+    for value in heads:
+        if not isinstance(value, int) or isinstance(value, bool) or value not in divisors:
+            raise InputError(f"num_kv_heads={value!r} does not divide num_heads={num_heads}; use one of {divisors}")
+    return heads
+
+
+def variant_label(kv_heads: tuple[int, ...], num_heads: int) -> str:
+    """What tables and figures call an architecture: MHA, GQA-G, MQA, or GQA-[...] where layers differ."""
+    distinct = set(kv_heads)
+    if distinct == {num_heads}:
+        return "MHA"
+    if distinct == {1}:
+        return "MQA"
+    return f"GQA-{kv_heads[0]}" if len(distinct) == 1 else f"GQA-{list(kv_heads)}".replace(" ", "")
+
+
+def check_ranges(config: object, where: str = "") -> None:
+    """Check every bounded or enumerated field of a (nested) config dataclass.
+
+    Raises:
+        InputError: names the field, its value and what is allowed.
+    """
+    for spec in dataclasses.fields(config):  # type: ignore[arg-type]
+        value, name = getattr(config, spec.name), f"{where}{spec.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        elif "choices" in spec.metadata and value not in spec.metadata["choices"]:
+            raise InputError(f'{name}="{value}" is unknown; {suggest(str(value), spec.metadata["choices"])}')
+        elif "low" in spec.metadata:
+            low, high = spec.metadata["low"], spec.metadata["high"]
+            if value is None or not low <= value <= high:  # NaN fails too
+                span = f"between {low:g} and {high:g}" if math.isfinite(high) else f"{low:g} or more"
+                raise InputError(f"{name}={value} is out of range; it must be {span}")
+
+
+def check(config: Config) -> None:
+    """All checks on a composed configuration, cross-field ones included; run before any work starts.
+
+    Raises:
+        InputError: the first thing that is wrong.
+    """
+    check_ranges(config)
+    model = config.model
+    kv_heads_per_layer(config.num_kv_heads, model.num_heads, model.num_decoder_layers)
+    if config.corpus.input_length + config.corpus.target_length < 16:
+        raise InputError("corpus: input_length + target_length must be at least 16 tokens")
+    if config.finetune.batch_tokens < config.task.max_input_tokens + config.task.max_target_tokens:
+        raise InputError(
+            f"finetune.batch_tokens={config.finetune.batch_tokens} cannot hold one example of task {config.task.name} "
+            f"({config.task.max_input_tokens} + {config.task.max_target_tokens} tokens); raise it or shorten the task"
+        )
+    if config.task.passages != 1 and config.task.name != "debian_cloze":
+        raise InputError(f"task.passages={config.task.passages} has no meaning for task {config.task.name}")
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise InputError(f"output={config.output} is a file; it must be a folder that can be written")

@@ -1,0 +1,1 @@
+"""Text in, token batches out: tokenizer, corpus and its span corruption, tasks, batching, and the embedded text."""

@@ -1,0 +1,172 @@
+"""Examples to batches: as much text per step as a token budget allows, and as little padding as can be.
+
+Batches are counted in tokens, not examples, so that a step costs the same whatever the task's lengths are; examples of
+similar length share one. Every batch is a pure function of (seed, step), so fine-tuning can resume anywhere.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import datasets
+import numpy as np
+import torch
+
+from gqa_exp.data.tokenizer import PAD_ID, Tokenizer
+from gqa_exp.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's examples as ids, each list closed by the end-of-sequence id, in the dataset's order."""
+
+    input_ids: list[list[int]]
+    target_ids: list[list[int]]
+    truncated_inputs: int
+    """Examples whose input was cut."""
+    truncated_targets: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Input and target tokens of each example."""
+        return [(len(i), len(t)) for i, t in zip(self.input_ids, self.target_ids, strict=True)]
+
+
+def encode_task(dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int, max_target: int) -> EncodedTask:
+    """Tokenize a task's examples; what is cut is counted and logged, never silent.
+
+    Args:
+        dataset: columns input and target, as `gqa_exp.data.tasks.load_task` gives them.
+        tokenizer: makes the ids.
+        max_input: most tokens of an input, end of sequence included.
+        max_target: most tokens of a target, end of sequence included.
+    """
+
+    def cut(column: str, limit: int) -> tuple[list[list[int]], int]:
+        ids = tokenizer.encode_batch(list(dataset[column]))
+        longer = sum(len(row) > limit for row in ids)
+        if longer:
+            logger.warning("%d of %d %ss are longer than %d tokens and were cut", longer, len(ids), column, limit)
+        return [row if len(row) <= limit else [*row[: limit - 1], tokenizer.eos_id] for row in ids], longer
+
+    inputs, longer_inputs = cut("input", max_input)
+    targets, longer_targets = cut("target", max_target)
+    return EncodedTask(inputs, targets, longer_inputs, longer_targets)
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple at or above a length."""
+    return -(-length // multiple) * multiple
+
+
+def pad_batch(rows: Sequence[Sequence[int]], multiple: int = 1) -> torch.Tensor:
+    """Rows of ids as one tensor, filled up at the right with the padding id.
+
+    Args:
+        rows: B lists of ids, at least one.
+        multiple: the width is rounded up to it.
+
+    Returns:
+        (B, width), torch.long.
+    """
+    padded = torch.full((len(rows), round_up(max(map(len, rows)), multiple)), PAD_ID, dtype=torch.long)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return padded
+
+
+def bucketed_batches(
+    lengths: Sequence[tuple[int, int]], batch_tokens: int, seed: int, epoch: int, multiple: int = 32
+) -> list[list[int]]:
+    """Share out the examples of one epoch.
+
+    Lengths count rounded up, as they will be padded. Examples are sorted by them (those of equal lengths in random
+    order) and packed in turn; then the batches are shuffled. The number of batches is the same in every epoch.
+
+    Args:
+        lengths: input and target tokens of each example.
+        batch_tokens: most padded tokens of a batch, inputs plus targets.
+        seed: with `epoch`, decides order and who shares a batch.
+        epoch: counted from 0.
+        multiple: to what lengths are rounded; a larger one makes fewer distinct shapes.
+
+    Returns:
+        Indices of the examples of each batch; every example in exactly one.
+
+    Raises:
+        InputError: one example alone is beyond the budget.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    sizes = [(round_up(i, multiple), round_up(t, multiple)) for i, t in lengths]
+    batches: list[list[int]] = []
+    width = (0, 0)
+    for index in sorted(map(int, rng.permutation(len(sizes))), key=sizes.__getitem__):
+        grown = max(width[0], sizes[index][0]), max(width[1], sizes[index][1])
+        if batches and sum(grown) * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+            width = grown
+        elif sum(sizes[index]) <= batch_tokens:
+            batches.append([index])
+            width = sizes[index]
+        else:
+            raise InputError(
+                f"batch_tokens={batch_tokens} cannot hold an example of {lengths[index][0]} + {lengths[index][1]} "
+                f"tokens, padded to {sizes[index][0]} + {sizes[index][1]}; use at least {sum(sizes[index])}"
+            )
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class FinetuneBatches:
+    """Endless fine-tuning batches; `batch(step)` needs no history.
+
+    Args:
+        inputs: ids of each example's input.
+        targets: ids of each example's target.
+        batch_tokens: most padded tokens of a batch, inputs plus targets.
+        seed: of the order.
+        multiple: to what padded lengths are rounded.
+
+    Raises:
+        InputError: no examples, or one that alone is beyond the budget.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        batch_tokens: int,
+        seed: int,
+        multiple: int = 32,
+    ) -> None:
+        if not inputs:
+            raise InputError("there are no examples to train on")
+        self.inputs = inputs
+        self.targets = targets
+        self.multiple = multiple
+        lengths = [(len(i), len(t)) for i, t in zip(inputs, targets, strict=True)]
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: bucketed_batches(lengths, batch_tokens, seed, epoch, multiple))
+        self.steps_per_epoch = len(self._epoch(0))
+
+    def indices(self, step: int) -> list[int]:
+        """Which examples make the batch of a step."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0.
+
+        Returns:
+            input_ids and attention_mask (B, S), labels (B, T); torch.long, ids padded with 0.
+        """
+        rows = self.indices(step)
+        input_ids = pad_batch([self.inputs[i] for i in rows], self.multiple)
+        labels = pad_batch([self.targets[i] for i in rows], self.multiple)
+        return {"input_ids": input_ids, "attention_mask": (input_ids != PAD_ID).long(), "labels": labels}

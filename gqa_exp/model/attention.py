@@ -1,0 +1,162 @@
+"""Grouped-query attention and its key/value cache: the file this project is about.
+
+H query heads share G key/value heads. Query heads of a group are contiguous: query head h reads KV head h // R with
+R = H / G. Multi-head attention (MHA) is G = H and multi-query attention (MQA) is G = 1; there is one code path.
+
+Keys and values exist, in projections and in caches, for G heads only. Instead of repeating them R times, the R query
+heads of a group are folded into the query-length axis: q (B, T, H, K) becomes (B, G, R*T, K), which attends to k
+(B, G, S, K) as if it were R*T queries. The result is the same, nothing is copied, and a decode step reads each cached
+key and value once, which is the whole point of fewer KV heads.
+
+Shape suffixes: B batch, S source (key) length, T target (query) length, D d_model, H query heads, G KV heads,
+R = H/G query heads per KV head, K head_dim; `q_BTHK` says what it holds.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def grouped_attention(
+    q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Attention of H query heads over G key/value heads, without the 1/sqrt(K) scale (T5 folds it into initialisation).
+
+    Args:
+        q_BTHK: queries.
+        k_BGSK: keys, G dividing H.
+        v_BGSK: values.
+        bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, T, H, K), the weighted values of each query head.
+    """
+    B, T, H, K = q_BTHK.shape
+    G, S = k_BGSK.shape[1:3]
+    R = H // G
+    q_BGLK = q_BTHK.view(B, T, G, R, K).permute(0, 2, 3, 1, 4).reshape(B, G, R * T, K)  # L = R*T folded queries
+    bias_BGLS = None if bias is None else _fold_bias(bias, G, R, T, S)
+    needs_bias_gradient = bias_BGLS is not None and bias_BGLS.requires_grad
+    if needs_bias_gradient or (q_BTHK.device.type == "cpu" and (T == 1 or q_BTHK.requires_grad)):
+        # Written out where SDPA's fused kernels do not serve. None takes a bias that needs a gradient. Those for CPU
+        # are slower than this both backwards and, in bfloat16, for the single query per KV head of MHA decoding (4x).
+        scores_BGLS = q_BGLK @ k_BGSK.transpose(-1, -2)
+        if bias_BGLS is not None:
+            scores_BGLS = scores_BGLS + bias_BGLS.to(scores_BGLS.dtype)
+        weights_BGLS = scores_BGLS.softmax(dim=-1)  # accumulates in float32 whatever the dtype
+        out_BGLK = F.dropout(weights_BGLS, dropout) @ v_BGSK
+    else:
+        mask = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
+        out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, mask, dropout, scale=1.0)
+    return out_BGLK.view(B, G, R, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def _fold_bias(bias: Tensor, G: int, R: int, T: int, S: int) -> Tensor:
+    """(B|1, H|1, T|1, S) to (B|1, G|1, R*T|1, S), keeping broadcast axes broadcast where the fold allows it."""
+    batch, heads, rows = bias.shape[:3]
+    if heads == 1 and rows == 1:
+        return bias
+    if heads == 1 or rows == 1:
+        bias = bias.expand(batch, G * R, T, S)
+    return bias.reshape(batch, G, R * T, S)
+
+
+class GroupedAttention(nn.Module):
+    """The four projections of one attention site; `num_kv_heads` = `num_heads` is MHA.
+
+    Q, K and V are separate parameters because Adafactor scales, clips and factors per tensor.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.q = nn.Linear(d_model, num_heads * head_dim, bias=False)
+        self.k = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(num_heads * head_dim, d_model, bias=False)
+        self.dropout = 0.0
+
+    def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, S, K) of the given states."""
+        B, S, _ = x_BSD.shape
+        shape = (B, S, self.num_kv_heads, self.head_dim)
+        return self.k(x_BSD).view(shape).transpose(1, 2), self.v(x_BSD).view(shape).transpose(1, 2)
+
+    def attend(self, x_BTD: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend from x (B, T, D) to given keys and values; returns (B, T, D)."""
+        B, T, _ = x_BTD.shape
+        q_BTHK = self.q(x_BTD).view(B, T, self.num_heads, self.head_dim)
+        out_BTHK = grouped_attention(q_BTHK, k_BGSK, v_BGSK, bias, self.dropout if self.training else 0.0)
+        return self.o(out_BTHK.reshape(B, T, self.num_heads * self.head_dim))  # type: ignore[no-any-return]
+
+    def forward(self, x_BTD: Tensor, source_BSD: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend from x (B, T, D) to source (B, S, D), x itself for self-attention; returns (B, T, D)."""
+        return self.attend(x_BTD, *self.keys_values(source_BSD), bias)
+
+
+class KVCache:
+    """Preallocated keys and values of one attention site during decoding, each (B, G, capacity, K)."""
+
+    def __init__(self, attention: GroupedAttention, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (batch, attention.num_kv_heads, capacity, attention.head_dim)
+        self.k_BGSK = like.new_empty(shape)
+        self.v_BGSK = like.new_empty(shape)
+
+    def fill(self, start: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T keys and values from position `start` on; returns views of everything up to their end."""
+        end = start + k_BGTK.shape[2]
+        self.k_BGSK[:, :, start:end] = k_BGTK
+        self.v_BGSK[:, :, start:end] = v_BGTK
+        return self.k_BGSK[:, :, :end], self.v_BGSK[:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values together."""
+        return self.k_BGSK.nbytes + self.v_BGSK.nbytes
+
+
+class RelativePositionBias(nn.Module):
+    """T5's learned bias per relative distance bucket and query head, shared by the layers of a stack.
+
+    Distances fall into `num_buckets` buckets: the nearer half one per distance, the farther half logarithmic up to
+    `max_distance` (Raffel et al. 2020, section 2.1). A bidirectional stack splits the buckets between past and future.
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+        self.weight = nn.Parameter(torch.empty(num_buckets, num_heads))
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket index of key position minus query position."""
+        buckets = self.num_buckets
+        offset = torch.zeros_like(distance)
+        if self.bidirectional:
+            buckets //= 2
+            offset = (distance > 0).long() * buckets
+            magnitude = distance.abs()
+        else:
+            magnitude = (-distance).clamp(min=0)
+        exact = buckets // 2
+        # Same order of float32 operations as the T5 code, so that distances on a bucket's edge fall on the same side.
+        ratio = torch.log(magnitude.float().clamp(min=1) / exact) / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return offset + torch.where(magnitude < exact, magnitude, far)
+
+    def of_distances(self, distance_L: Tensor) -> Tensor:
+        """Bias (H, L) of each relative distance (key minus query position)."""
+        return self.weight[self.bucket(distance_L)].t()
+
+    def forward(self, T: int, S: int) -> Tensor:
+        """Bias (1, H, T, S) of T queries and S keys that start at the same position."""
+        device = self.weight.device
+        # Only T+S-1 distances differ: look those up (a small gradient scatter) and lay them out as a Toeplitz matrix.
+        bias_HL = self.of_distances(torch.arange(-(T - 1), S, device=device))
+        return bias_HL.unfold(1, S, 1).flip(1).unsqueeze(0)

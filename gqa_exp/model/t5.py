@@ -1,0 +1,310 @@
+"""T5.1.1 with grouped-query attention in the decoder: gated GELU, untied embeddings, RMSNorm, relative position bias.
+
+The encoder's self-attention is always multi-head; decoder self- and cross-attention have `num_kv_heads` KV heads
+(paper, section 2.2: the encoder runs in parallel, so memory bandwidth is not its bottleneck).
+
+Shape suffixes: B batch, S source length, T target length, D d_model, F d_ff, H query heads, G KV heads, K head_dim,
+V vocabulary.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gqa_exp.config import ModelConfig, kv_heads_per_layer
+from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Geometry of a T5.1.1 model, and what follows from it: parameters, cache and decode traffic.
+
+    `num_kv_heads` may be given as None (as many as query heads), an int, or one int per decoder layer; it is kept as
+    one int per decoder layer.
+
+    Raises:
+        InputError: `num_kv_heads` does not divide `num_heads`, or has a wrong number of entries.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    head_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_kv_heads: Any = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    pad_id: int = 0
+    eos_id: int = 1
+    decoder_start_id: int = 0
+
+    def __post_init__(self) -> None:
+        heads = kv_heads_per_layer(self.num_kv_heads, self.num_heads, self.num_decoder_layers)
+        object.__setattr__(self, "num_kv_heads", heads)
+
+    @classmethod
+    def from_model_config(cls, model: ModelConfig, num_kv_heads: Any = None) -> "T5Config":
+        """The geometry of a configured model."""
+        names = {spec.name for spec in dataclasses.fields(cls)} & {spec.name for spec in dataclasses.fields(model)}
+        return cls(**{name: getattr(model, name) for name in names}, num_kv_heads=num_kv_heads)
+
+    @property
+    def kv_heads(self) -> tuple[int, ...]:
+        """KV heads of each decoder layer."""
+        return tuple(self.num_kv_heads)
+
+    def _decoder_layer_weights(self, kv_heads: int) -> tuple[int, int]:
+        """Weights of a decoder layer: (those a decode step reads, those it does not: the cross K/V projections)."""
+        D, F_, H, K = self.d_model, self.d_ff, self.num_heads, self.head_dim
+        query_and_output = 2 * D * H * K
+        key_and_value = 2 * D * kv_heads * K
+        return 2 * query_and_output + key_and_value + 3 * D * F_ + 3 * D, key_and_value
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, embedding and output projection included."""
+        D, F_, H, K = self.d_model, self.d_ff, self.num_heads, self.head_dim
+        encoder_layer = 4 * D * H * K + 3 * D * F_ + 2 * D
+        decoder = sum(sum(self._decoder_layer_weights(kv_heads)) for kv_heads in self.kv_heads)
+        ends = 2 * self.vocab_size * D + 2 * D + 2 * self.relative_buckets * H
+        return self.num_encoder_layers * encoder_layer + decoder + ends
+
+    def kv_cache_bytes(self, source_length: int, target_length: int, bytes_per_element: int) -> int:
+        """Bytes of one sample's keys and values: 2 G K per position, for cross- and self-attention of each layer."""
+        per_position = sum(2 * kv_heads * self.head_dim for kv_heads in self.kv_heads)
+        return per_position * (source_length + target_length) * bytes_per_element
+
+    def decode_step_bytes(self, batch_size: int, source_length: int, cache_fill: int, bytes_per_element: int) -> int:
+        """Bytes one decode step must read at a given fill of the self-attention cache.
+
+        Decoder weights and output projection once, one embedding row and the caches per sample; not the encoder, not
+        the cross K/V projections, whose results are cached.
+        """
+        weights = sum(self._decoder_layer_weights(kv_heads)[0] for kv_heads in self.kv_heads)
+        weights += self.vocab_size * self.d_model + self.d_model
+        per_sample = self.kv_cache_bytes(source_length, cache_fill, bytes_per_element)
+        return (weights + batch_size * self.d_model) * bytes_per_element + batch_size * per_sample
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square, in float32, without subtracting the mean (T5's layer norm)."""
+
+    def __init__(self, d_model: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis; the result has the dtype of the weight."""
+        x32 = x.float()
+        scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * scaled.to(self.weight.dtype)
+
+
+class FeedForward(nn.Module):
+    """Gated GELU (tanh form): wo(gelu(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
+        self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+        self.wo = nn.Linear(d_ff, d_model, bias=False)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        hidden_BTF = F.gelu(self.wi_0(x_BTD), approximate="tanh") * self.wi_1(x_BTD)
+        return self.wo(self.dropout(hidden_BTF))  # type: ignore[no-any-return]
+
+
+class EncoderLayer(nn.Module):
+    """Multi-head self-attention and feed-forward, each normalised before and added to the residual."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        D, epsilon = config.d_model, config.layer_norm_epsilon
+        self.self_attention_norm = RMSNorm(D, epsilon)
+        self.self_attention = GroupedAttention(D, config.num_heads, config.num_heads, config.head_dim)
+        self.feed_forward_norm = RMSNorm(D, epsilon)
+        self.feed_forward = FeedForward(D, config.d_ff)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x_BSD: Tensor, bias: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D); `bias` broadcasts to (B, H, S, S)."""
+        normed = self.self_attention_norm(x_BSD)
+        x_BSD = x_BSD + self.dropout(self.self_attention(normed, normed, bias))
+        return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Grouped self-attention, grouped cross-attention and feed-forward."""
+
+    def __init__(self, config: T5Config, num_kv_heads: int) -> None:
+        super().__init__()
+        D, epsilon = config.d_model, config.layer_norm_epsilon
+        self.self_attention_norm = RMSNorm(D, epsilon)
+        self.self_attention = GroupedAttention(D, config.num_heads, num_kv_heads, config.head_dim)
+        self.cross_attention_norm = RMSNorm(D, epsilon)
+        self.cross_attention = GroupedAttention(D, config.num_heads, num_kv_heads, config.head_dim)
+        self.feed_forward_norm = RMSNorm(D, epsilon)
+        self.feed_forward = FeedForward(D, config.d_ff)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x_BTD: Tensor, bias: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D); `bias` broadcasts to (B, H, T, T), `cross_mask` to (B, H, T, S)."""
+        normed = self.self_attention_norm(x_BTD)
+        x_BTD = x_BTD + self.dropout(self.self_attention(normed, normed, bias))
+        normed = self.cross_attention_norm(x_BTD)
+        x_BTD = x_BTD + self.dropout(self.cross_attention(normed, encoded_BSD, cross_mask))
+        return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    """The encoder stack with its position bias and final norm."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.relative_bias = RelativePositionBias(
+            config.num_heads, config.relative_buckets, config.relative_max_distance, bidirectional=True
+        )
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
+        """Embedded inputs (B, S, D) to encoded states (B, S, D); `mask` is additive, (B, 1, 1, S)."""
+        S = x_BSD.shape[1]
+        bias = self.relative_bias(S, S)
+        if mask is not None:
+            bias = bias + mask
+        x_BSD = self.dropout(x_BSD)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, bias)
+        return self.dropout(self.final_norm(x_BSD))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """The decoder stack with its position bias and final norm."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.relative_bias = RelativePositionBias(
+            config.num_heads, config.relative_buckets, config.relative_max_distance, bidirectional=False
+        )
+        self.layers = nn.ModuleList(DecoderLayer(config, kv_heads) for kv_heads in config.kv_heads)
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x_BTD: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
+        """Embedded targets (B, T, D), teacher-forced, to states (B, T, D)."""
+        T = x_BTD.shape[1]
+        future = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
+        bias = self.relative_bias(T, T).masked_fill(future, torch.finfo(torch.float32).min)
+        x_BTD = self.dropout(x_BTD)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, bias, encoded_BSD, cross_mask)
+        return self.dropout(self.final_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+class T5(nn.Module):
+    """Encoder-decoder of the given geometry, initialised as the T5 code does."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights as the Mesh TensorFlow T5 code does, the output projection with std d_model^-0.5."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.device.type == "meta":
+                continue
+            owner, _, leaf = name.rpartition(".")
+            if "norm" in owner:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, initial_std(f"{owner.rpartition('.')[2]}.{leaf}", config))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def set_dropout(self, probability: float) -> None:
+        """Set every dropout: residual, feed-forward and attention weights (0 in pre-training, 0.1 in fine-tuning)."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            elif isinstance(module, GroupedAttention):
+                module.dropout = probability
+
+    def compile_layers(self) -> None:
+        """torch.compile each layer: layers of a stack share one compiled function, so compiling stays short."""
+        for layer in (*self.encoder.layers, *self.decoder.layers):
+            layer.compile()
+
+    def additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """(B, S) of ones and zeros to an additive mask (B, 1, 1, S); None stays None."""
+        if attention_mask is None:
+            return None
+        dtype = self.embedding.weight.dtype
+        hidden = (attention_mask == 0)[:, None, None, :]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids (B, S) to encoded states (B, S, D)."""
+        return self.encoder(self.embedding(input_ids), self.additive_mask(attention_mask))  # type: ignore[no-any-return]
+
+    def decode(self, decoder_input_ids: Tensor, encoded_BSD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced decoding: (B, T) ids and encoded states (B, S, D) to decoder states (B, T, D)."""
+        cross_mask = self.additive_mask(attention_mask)
+        return self.decoder(self.embedding(decoder_input_ids), encoded_BSD, cross_mask)  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of every target position.
+
+        Args:
+            input_ids: (B, S).
+            decoder_input_ids: (B, T), the targets shifted right by one (see `shift_right`).
+            attention_mask: (B, S), 1 for tokens and 0 for padding; None when nothing is padded.
+        """
+        encoded_BSD = self.encode(input_ids, attention_mask)
+        return self.lm_head(self.decode(decoder_input_ids, encoded_BSD, attention_mask))  # type: ignore[no-any-return]
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder inputs (B, T) that predict `labels` (B, T): the start token, then the labels but the last."""
+        start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_id)
+        return torch.cat([start, labels[:, :-1]], dim=1)
+
+
+def initial_std(parameter: str, config: T5Config) -> float:
+    """Standard deviation of a fresh parameter, by its last two name parts (mesh_tensorflow/transformer/t5 defaults).
+
+    The query's includes the 1/sqrt(head_dim) that T5 leaves out of attention.
+    """
+    D, K = config.d_model, config.head_dim
+    stds: dict[str, float] = {
+        "embedding.weight": 1.0,
+        "lm_head.weight": D**-0.5,
+        "relative_bias.weight": D**-0.5,
+        "q.weight": (D * K) ** -0.5,
+        "k.weight": D**-0.5,
+        "v.weight": D**-0.5,
+        "o.weight": (config.num_heads * K) ** -0.5,
+        "wi_0.weight": D**-0.5,
+        "wi_1.weight": D**-0.5,
+        "wo.weight": config.d_ff**-0.5,
+    }
+    return stds[parameter]

@@ -1,0 +1,78 @@
+"""How fast this machine reads memory: the yardstick beside a decode step's achieved bandwidth.
+
+A decode step reads every weight and every cached key and value once and computes little with them, so its time is
+bounded below by those bytes over this bandwidth. A plain read is measured in the same process, with the same threads.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+CACHE_MULTIPLE = 8
+"""The buffer is this many times the last-level cache, so that at most an eighth of a pass can come from it."""
+SMALLEST_BUFFER = 256 * 2**20
+LARGEST_BUFFER = 4 * 2**30
+CUDA_BUFFER = 2 * 2**30
+"""Several tens of times the last-level cache of any GPU (50 MB on H100)."""
+
+
+def synchronised_clock(device: str) -> Callable[[], float]:
+    """A clock in seconds that waits for the device's queued work before each reading.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return clock
+
+
+def memory_bandwidth(device: str = "cpu", repeats: int = 9) -> float:
+    """Bytes per second of a plain sum over a buffer several times the last-level cache, median of the repeats.
+
+    Args:
+        device: "cpu" (as many threads as torch uses) or "cuda".
+        repeats: passes over the buffer that are counted, after two that are not.
+
+    Returns:
+        Bytes per second, finite and positive.
+    """
+    if device == "cuda":
+        size = min(CUDA_BUFFER, torch.cuda.mem_get_info()[0] // 2)
+    else:
+        size = min(max(SMALLEST_BUFFER, CACHE_MULTIPLE * last_level_cache_bytes()), LARGEST_BUFFER)
+        size = min(size, psutil.virtual_memory().available // 4)
+    # Ones, not empty: untouched pages all map to one page of zeros, which the cache would serve.
+    buffer = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+    clock = synchronised_clock(device)
+    seconds = []
+    for _ in range(repeats + 2):
+        start = clock()
+        buffer.sum()
+        seconds.append(clock() - start)
+    return buffer.nbytes / max(statistics.median(seconds[2:]), 1e-9)
+
+
+def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Size of the last-level cache that the first core sees; 32 MiB where the system does not tell.
+
+    Args:
+        folder: where Linux describes the caches, one `indexN/size` each (such as "32768K").
+    """
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = []
+    for path in folder.glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", path.read_text(encoding="ascii").strip())
+        if match:
+            sizes.append(int(match[1]) * units[match[2]])
+    return max(sizes, default=32 * 2**20)

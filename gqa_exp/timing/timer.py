@@ -1,0 +1,542 @@
+"""Decode time that can be trusted: variants interleaved in one process, compared round by round, with a noise floor.
+
+Machines drift: clocks throttle, neighbours come and go. Timing variant A for a minute and then variant B would book
+the drift to one of them. So every round runs every variant once, in a fresh random order, and what is reported is the
+median over rounds of the ratio within a round. The reference takes part twice under two names (A/A); how far that ratio
+strays from 1 is the noise floor, and a difference below it is called none (DESIGN.md, "Timing that can be trusted").
+
+The protocol (`interleave`, `run_protocol`) knows nothing of models: it times `Runner` objects by an injected clock.
+`time_variants` is the protocol applied to T5 models.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gqa_exp.config import TimingConfig
+from gqa_exp.errors import InputError, suggest
+from gqa_exp.model import T5, generate
+from gqa_exp.model.generate import decode_step, start_decoding
+from gqa_exp.results import TIME_FIELDS, Scalar
+from gqa_exp.timing.environment import environment, hardware_id, supports_dtype
+from gqa_exp.timing.hostlock import timing_alone
+from gqa_exp.timing.probe import memory_bandwidth, synchronised_clock
+
+Clock = Callable[[], float]
+"""Seconds; on a GPU it waits for queued work before each reading."""
+Sample = Mapping[str, list[float]]
+"""What one run of one variant took: seconds of each phase, a list because a phase such as a decode step repeats."""
+Progress = Callable[[str], None]
+
+TWIN = "A/A"
+"""The name under which the reference takes part a second time."""
+NOISY = 0.2
+"""A noise floor above this is worth a warning."""
+NATURAL_ROUNDS = 3
+"""The natural length is shown beside the stated length, never compared, so a few rounds are enough."""
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+class Runner(Protocol):
+    """One variant, as the protocol sees it."""
+
+    def end_to_end(self, clock: Clock) -> Sample:
+        """One batch from inputs to outputs, read by the clock at its two ends only: {"end_to_end": [seconds]}."""
+
+    def phases(self, clock: Clock) -> Sample:
+        """The same work with the clock read between phases: encode, cross_cache, first_token, decode_step."""
+
+    def natural(self, clock: Clock) -> Sample:
+        """{"natural": [seconds]} of a batch of real inputs decoded until end-of-sequence; {} if there are none."""
+
+    def cost(self) -> "Cost":
+        """Sizes, asked for after the runs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one variant reads and allocates, and how many real inputs its natural length is per."""
+
+    decode_step_bytes: int
+    """Bytes a decode step must read, at the mean cache fill of the steps after the first."""
+    allocated_cache_bytes_per_sample: int | None = None
+    """Cross- and self-attention caches as the runs found them allocated; None before any phased run."""
+    natural_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median with its bootstrap interval (95 %)."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
+class Round:
+    """One pass over all variants: in which order they ran, and what each took."""
+
+    order: list[str]
+    samples: dict[str, Sample]
+
+    @property
+    def seconds(self) -> float:
+        """Time the clock saw pass in this round; backward steps do not count."""
+        return sum(max(0.0, s) for sample in self.samples.values() for times in sample.values() for s in times)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the clock moved forward in every reading."""
+        return all(s > 0 for sample in self.samples.values() for times in sample.values() for s in times)
+
+
+@dataclass
+class Series:
+    """The rounds of one kind of run. Statistics use sound rounds only; all are kept."""
+
+    warmup: list[Round] = field(default_factory=list)
+    """Not counted. The first one is the cold run."""
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def sound(self) -> list[Round]:
+        """The counted rounds in which the clock moved forward."""
+        return [round_ for round_ in self.rounds if round_.sound]
+
+    def per_round(self, name: str, phase: str) -> list[float]:
+        """Seconds of a phase in each sound round (the median where it repeats); empty if the phase never ran."""
+        repeats = (round_.samples.get(name, {}).get(phase) for round_ in self.sound)
+        return [float(np.median(seconds)) for seconds in repeats if seconds]
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Sample]],
+    *,
+    warmup_rounds: int,
+    min_rounds: int,
+    min_seconds: float,
+    max_seconds: float,
+    rng: np.random.Generator,
+    progress: Progress = lambda text: None,
+) -> Series:
+    """Run every variant once per round, in a fresh random order each time.
+
+    Args:
+        runs: variant name to one timed run of it.
+        warmup_rounds: rounds before those that count.
+        min_rounds: counted sound rounds at least.
+        min_seconds: seconds of counted rounds at least; both minima must be reached.
+        max_seconds: no further round starts once counted rounds have taken so long, whatever the minima.
+        rng: draws the orders.
+        progress: told after each round.
+
+    Returns:
+        All rounds. A clock that does not move ends the series after twice the minimum of rounds.
+    """
+    names, series = list(runs), Series()
+
+    def one_round() -> Round:
+        order = [names[i] for i in rng.permutation(len(names))]
+        return Round(order, {name: runs[name]() for name in order})
+
+    for index in range(warmup_rounds):
+        series.warmup.append(one_round())
+        progress(f"warm-up round {index + 1} of {warmup_rounds}")
+    seconds, sound = 0.0, 0
+    while (sound < min_rounds or seconds < min_seconds) and seconds < max_seconds:
+        if len(series.rounds) - sound >= 2 * min_rounds:
+            break
+        series.rounds.append(one_round())
+        seconds += series.rounds[-1].seconds
+        sound += series.rounds[-1].sound
+        progress(f"round {len(series.rounds)}, {seconds:.0f} s (at least {min_rounds} rounds and {min_seconds:g} s)")
+    return series
+
+
+def median_interval(values: Iterable[float], seed: int = 0) -> Estimate | None:
+    """Median and its percentile bootstrap interval (95 %, 2000 resamples, seeded).
+
+    Returns:
+        None for no values. For few values the interval can only reach their extremes, so it says little below five.
+    """
+    data: NDArray[np.float64] = np.fromiter(values, dtype=np.float64)
+    if not data.size:
+        return None
+    picks = np.random.default_rng(seed).integers(0, data.size, size=(RESAMPLES, data.size))
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(np.median(data[picks], axis=1), [tail, 100 - tail])
+    return Estimate(float(np.median(data)), float(low), float(high))
+
+
+@dataclass
+class TimingReport:
+    """Everything one timing job measured, raw times included."""
+
+    config: TimingConfig
+    reference: str
+    dtype: str
+    """What ran: differs from the configured one where the device does not support that."""
+    hardware: str
+    """`environment.hardware_id`: times join rows by architecture and this."""
+    memory_bandwidth: float
+    """Bytes per second of a plain read."""
+    costs: dict[str, Cost]
+    end_to_end: Series
+    phases: Series
+    natural: Series
+    warnings: list[str]
+    environment: dict[str, Scalar]
+
+    @property
+    def names(self) -> list[str]:
+        """The variants, the reference's twin left out."""
+        return list(self.costs)
+
+    @property
+    def warning(self) -> str | None:
+        """All that calls for caution, as one line; None if nothing does."""
+        return "; ".join(self.warnings) or None
+
+    def per_sample(self, name: str) -> Estimate | None:
+        """Seconds per sample end to end; None if the clock spoilt every round."""
+        return median_interval(self._seconds_per_sample(name), self.config.seed)
+
+    def speedup(self, name: str) -> Estimate | None:
+        """Time of the reference over time of this variant, within each round."""
+        return self._ratio(self.end_to_end, name, "end_to_end")
+
+    def decode_step_speedup(self, name: str) -> Estimate | None:
+        """The same of one further decode step (its median within the round)."""
+        return self._ratio(self.phases, name, "decode_step")
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The farthest from 1 that the interval of the A/A run's median ratio reaches, end to end."""
+        return _farthest_from_one(self.speedup(TWIN))
+
+    @property
+    def decode_step_noise_floor(self) -> float | None:
+        """The same of the decode step."""
+        return _farthest_from_one(self.decode_step_speedup(TWIN))
+
+    def verdict(self, name: str) -> str:
+        """How the variant's end-to-end time compares with the reference's.
+
+        Returns:
+            "none" where the median ratio differs from 1 by no more than the noise floor or its interval holds 1;
+            else "faster" or "slower"; "unknown" where nothing could be measured.
+        """
+        speedup, floor = self.speedup(name), self.noise_floor
+        if speedup is None or floor is None:
+            return "unknown"
+        if abs(speedup.median - 1) <= floor or speedup.low <= 1 <= speedup.high:
+            return "none"
+        return "faster" if speedup.median > 1 else "slower"
+
+    def allocated_cache_bytes_per_sample(self, name: str) -> int | None:
+        """Bytes of one sample's cross- and self-attention caches, as allocated."""
+        return self.costs[name].allocated_cache_bytes_per_sample
+
+    def fields(self, name: str) -> dict[str, Scalar]:
+        """The entries of `Result.time` for one variant: exactly the names of `results.TIME_FIELDS`.
+
+        Raises:
+            KeyError: no such variant.
+        """
+        cost, raw = self.costs[name], self._seconds_per_sample(name)
+        per_sample, per_sample_low, per_sample_high = _numbers(self.per_sample(name))
+        speedup, speedup_low, speedup_high = _numbers(self.speedup(name))
+        step = self._phase(name, "decode_step")
+        natural = self.natural.per_round(name, "natural")
+        values: dict[str, Scalar] = {
+            "per_sample": per_sample,
+            "per_sample_low": per_sample_low,
+            "per_sample_high": per_sample_high,
+            "per_sample_p90": float(np.percentile(raw, 90)) if raw else None,
+            "per_sample_p99": float(np.percentile(raw, 99)) if raw else None,
+            "speedup": speedup,
+            "speedup_low": speedup_low,
+            "speedup_high": speedup_high,
+            "noise_floor": self.noise_floor,
+            "encode": self._phase(name, "encode"),
+            "cross_cache": self._phase(name, "cross_cache"),
+            "first_token": self._phase(name, "first_token"),
+            "decode_step": step,
+            "decode_step_speedup": _numbers(self.decode_step_speedup(name))[0],
+            "decode_step_bytes": cost.decode_step_bytes,
+            "decode_bandwidth": cost.decode_step_bytes / step if step else None,
+            "memory_bandwidth": self.memory_bandwidth,
+            "natural_length_per_sample": (
+                float(np.median(natural)) / cost.natural_batch_size if natural and cost.natural_batch_size else None
+            ),
+            "batch_size": self.config.batch_size,
+            "source_length": self.config.source_length,
+            "output_length": self.config.output_length,
+            "dtype": self.dtype,
+            "rounds": len(self.end_to_end.sound),
+            "device": self.config.device,
+            "warning": self.warning,
+        }
+        return {entry: values[entry] for entry in TIME_FIELDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON-able data: configuration, fields per variant, and every raw time in seconds."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "reference": self.reference,
+            "hardware": self.hardware,
+            "warning": self.warning,
+            "noise_floor": self.noise_floor,
+            "decode_step_noise_floor": self.decode_step_noise_floor,
+            "variants": {
+                name: {
+                    "fields": self.fields(name),
+                    "verdict": self.verdict(name),
+                    "allocated_cache_bytes_per_sample": self.allocated_cache_bytes_per_sample(name),
+                }
+                for name in self.names
+            },
+            "raw": {kind: dataclasses.asdict(getattr(self, kind)) for kind in ("end_to_end", "phases", "natural")},
+            "environment": self.environment,
+        }
+
+    def _seconds_per_sample(self, name: str) -> list[float]:
+        return [s / self.config.batch_size for s in self.end_to_end.per_round(name, "end_to_end")]
+
+    def _phase(self, name: str, phase: str) -> float | None:
+        """Median seconds of a phase over all its repetitions in sound rounds."""
+        seconds = [s for round_ in self.phases.sound for s in round_.samples[name].get(phase, [])]
+        return float(np.median(seconds)) if seconds else None
+
+    def _ratio(self, series: Series, name: str, phase: str) -> Estimate | None:
+        pairs = zip(series.per_round(self.reference, phase), series.per_round(name, phase), strict=True)
+        return median_interval((reference / own for reference, own in pairs), self.config.seed)
+
+
+def phase_rounds(config: TimingConfig) -> int:
+    """Rounds of phased runs: half as many as end to end, since each repeats its decode step many times."""
+    return max(2, (config.min_rounds + 1) // 2)
+
+
+def run_protocol(
+    runners: Mapping[str, Runner],
+    config: TimingConfig,
+    *,
+    reference: str,
+    dtype: str,
+    clock: Clock,
+    memory_bandwidth: float,
+    warnings: Iterable[str] = (),
+    progress: Progress = lambda text: None,
+) -> TimingReport:
+    """The timing protocol on any runners: end to end, then phases apart, then natural length.
+
+    Args:
+        runners: variant name to its runner.
+        config: rounds, lengths, seed.
+        reference: the variant that the others are compared with.
+        dtype: number format that runs, for the record.
+        clock: see `Clock`.
+        memory_bandwidth: bytes per second, for the record.
+        warnings: known beforehand.
+        progress: told what goes on, a line at a time.
+
+    Raises:
+        InputError: the reference is no variant, or a variant bears the twin's name.
+    """
+    if TWIN in runners:
+        raise InputError(f'a variant cannot be called "{TWIN}"; that name is the reference timed a second time')
+    if reference not in runners:
+        raise InputError(f'the reference "{reference}" is not among the variants; {suggest(reference, runners)}')
+    rng = np.random.default_rng(config.seed)
+    contestants = {**runners, TWIN: runners[reference]}
+    load = environment()
+
+    def series(kind: str, runs: Mapping[str, Callable[[], Sample]], warmup: int, rounds: int, least: float) -> Series:
+        return interleave(
+            runs,
+            warmup_rounds=warmup,
+            min_rounds=rounds,
+            min_seconds=least,
+            max_seconds=config.max_seconds,
+            rng=rng,
+            progress=lambda text: progress(f"timing {kind}: {text}"),
+        )
+
+    def bind(method: str) -> dict[str, Callable[[], Sample]]:
+        return {name: functools.partial(getattr(runner, method), clock) for name, runner in contestants.items()}
+
+    # The end-to-end runs have warmed up what the phased runs use, so those count from the first.
+    end_to_end = series("end to end", bind("end_to_end"), config.warmup_rounds, config.min_rounds, config.min_seconds)
+    phases = series("phases", bind("phases"), 0, phase_rounds(config), 0.0)
+    costs = {name: runner.cost() for name, runner in runners.items()}
+    real_inputs = {
+        name: run for name, run in bind("natural").items() if name in costs and costs[name].natural_batch_size
+    }
+    natural = series("natural length", real_inputs, 1, NATURAL_ROUNDS, 0.0) if real_inputs else Series()
+    report = TimingReport(
+        config, reference, dtype, hardware_id(config.device), memory_bandwidth, costs, end_to_end, phases, natural,
+        list(warnings), load,
+    )  # fmt: skip
+    report.warnings += _cautions(report)
+    return report
+
+
+def time_variants(
+    variants: Mapping[str, T5],
+    config: TimingConfig,
+    *,
+    reference: str,
+    natural: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
+    progress: Progress = lambda text: None,
+) -> TimingReport:
+    """Time models against each other, alone on the host (waits until nothing trains; see `hostlock`).
+
+    Args:
+        variants: name to model. They are not changed: what runs is a copy in the configured dtype and on the
+            configured device, where they differ. Architectures that are equal should be given once.
+        config: the protocol's settings.
+        reference: the variant that the others are compared with, MHA as a rule.
+        natural: for variants that have them, real task inputs: ids (B, S) and their mask (B, S) or None.
+        progress: told what goes on, a line at a time.
+
+    Raises:
+        InputError: no such reference; no GPU where one is asked for; vocabularies that differ.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('timing.device="cuda", but torch finds no GPU here; use "cpu"')
+    vocab_sizes = {model.config.vocab_size for model in variants.values()}
+    if len(vocab_sizes) > 1:
+        raise InputError(
+            f"variants of different vocabulary sizes {sorted(vocab_sizes)} cannot be timed on the same input"
+        )
+    dtype, warnings = config.dtype, []
+    if not supports_dtype(dtype, config.device):
+        warnings.append(f"{dtype} is not supported on this {config.device}: timed in float32 instead")
+        dtype = "float32"
+    with timing_alone(), torch.inference_mode():
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (config.batch_size, config.source_length)
+        input_ids = torch.randint(0, min(vocab_sizes, default=1), shape, generator=generator).to(config.device)
+        runners = {
+            name: ModelRunner(_prepared(model, dtype, config.device), config, input_ids, (natural or {}).get(name))
+            for name, model in variants.items()
+        }
+        return run_protocol(
+            runners,
+            config,
+            reference=reference,
+            dtype=dtype,
+            clock=synchronised_clock(config.device),
+            memory_bandwidth=memory_bandwidth(config.device),
+            warnings=warnings,
+            progress=progress,
+        )
+
+
+class ModelRunner:
+    """A T5 model on fixed inputs, as a `Runner`.
+
+    Args:
+        model: in the dtype and on the device to be timed, in evaluation mode.
+        config: lengths.
+        input_ids: (B, S) on the model's device.
+        natural: real inputs (B, S) and their mask, or None.
+    """
+
+    def __init__(
+        self, model: T5, config: TimingConfig, input_ids: Tensor, natural: tuple[Tensor, Tensor | None] | None = None
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.input_ids = input_ids
+        self.real: tuple[Tensor, Tensor | None] | None = None
+        if natural is not None:
+            ids, mask = natural
+            self.real = ids.to(model.device), None if mask is None else mask.to(model.device)
+        self._allocated: int | None = None
+
+    def end_to_end(self, clock: Clock) -> Sample:
+        """One `generate` of the stated lengths."""
+        start = clock()
+        generate(self.model, self.input_ids, max_new_tokens=self.config.output_length, stop_at_eos=False)
+        return {"end_to_end": [clock() - start]}
+
+    def phases(self, clock: Clock) -> Sample:
+        """The steps of `generate`, each between two readings; picking the next token belongs to its step."""
+        readings = [clock()]
+        encoded_BSD = self.model.encode(self.input_ids)
+        readings.append(clock())
+        state = start_decoding(self.model, encoded_BSD, None, self.config.output_length)
+        readings.append(clock())
+        token_B = self.input_ids.new_full((self.input_ids.shape[0],), self.model.config.decoder_start_id)
+        for _ in range(self.config.output_length):
+            token_B = decode_step(self.model, token_B, state).argmax(-1)
+            readings.append(clock())
+        self._allocated = (state.cross_cache_bytes() + state.self_cache_bytes()) // self.input_ids.shape[0]
+        encode, cross_cache, first_token, *steps = np.diff(readings).tolist()
+        return {"encode": [encode], "cross_cache": [cross_cache], "first_token": [first_token], "decode_step": steps}
+
+    def natural(self, clock: Clock) -> Sample:
+        """One `generate` of the real inputs that stops at end-of-sequence."""
+        if self.real is None:
+            return {}
+        start = clock()
+        generate(self.model, *self.real, max_new_tokens=self.config.output_length, stop_at_eos=True)
+        return {"natural": [clock() - start]}
+
+    def cost(self) -> Cost:
+        """Sizes at the stated lengths."""
+        # Step t reads t cached tokens, its own among them; those after the first are t = 2 ... output_length.
+        mean_fill = (2 + max(2, self.config.output_length)) // 2
+        element = self.model.embedding.weight.element_size()
+        step_bytes = self.model.config.decode_step_bytes(
+            self.config.batch_size, self.config.source_length, mean_fill, element
+        )
+        return Cost(step_bytes, self._allocated, None if self.real is None else self.real[0].shape[0])
+
+
+def _prepared(model: T5, dtype: str, device: str) -> T5:
+    """The model in evaluation mode, of that dtype and on that device; a copy where it is not so already."""
+    wanted: torch.dtype = getattr(torch, dtype)
+    right = all(p.dtype == wanted and p.device.type == device for p in model.parameters())
+    return model if right and not model.training else copy.deepcopy(model).to(device=device, dtype=wanted).eval()
+
+
+def _cautions(report: TimingReport) -> list[str]:
+    """Reasons to doubt the times, found in the times themselves."""
+    found, config = [], report.config
+    broken = sum(
+        len(series.rounds) - len(series.sound) for series in (report.end_to_end, report.phases, report.natural)
+    )
+    if broken:
+        found.append(f"the clock ran backwards or stood still in {broken} rounds, which are not counted")
+    for what, floor in (("", report.noise_floor), (" of the decode step", report.decode_step_noise_floor)):
+        if floor is not None and floor > NOISY:
+            found.append(f"noise floor{what} {floor:.0%}: the reference differs that much from itself")
+    for kind, series, least in (
+        ("end-to-end", report.end_to_end, config.min_rounds),
+        ("phased", report.phases, phase_rounds(config)),
+    ):
+        if not broken and len(series.rounds) < least:
+            done = len(series.rounds)
+            found.append(f"max_seconds={config.max_seconds:g} ended the {kind} runs after {done} of {least} rounds")
+    return found
+
+
+def _numbers(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if estimate is None else (estimate.median, estimate.low, estimate.high)
+
+
+def _farthest_from_one(ratio: Estimate | None) -> float | None:
+    return None if ratio is None else max(abs(edge - 1) for edge in (ratio.median, ratio.low, ratio.high))

@@ -1,0 +1,263 @@
+"""One training loop for pre-training, uptraining and fine-tuning, on Lightning.
+
+What a step does is a function of the state before it, the batch of its number, and random numbers drawn from
+(seed, stage, step): so a run that was interrupted, or that continues a shorter one, gives what an uninterrupted run
+gives. Lightning moves, scales out and loops; the state is kept in our own checkpoint folders, without pickles.
+"""
+
+import hashlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from gqa_exp.config import TrainerConfig
+from gqa_exp.host import can_compile
+from gqa_exp.model import T5
+from gqa_exp.timing.hostlock import training_allowed
+from gqa_exp.training.adafactor import Adafactor, load_named_slots, named_slots
+from gqa_exp.training.loss import summed_nll, token_loss
+from gqa_exp.training.state import TrainingState
+
+Batch = dict[str, Tensor]
+logger = logging.getLogger(__name__)
+
+
+class Diverged(Exception):  # noqa: N818  an outcome, not an error
+    """The loss became NaN or infinite. An outcome to be recorded, not a crash (paper, appendix A)."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        super().__init__(f"{stage}: loss is not finite at step {step}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training stage is made of."""
+
+    stage: str
+    """"pretrain", "uptrain" or "finetune"; part of the random seed."""
+    seed: int
+    batch: Callable[[int], Batch]
+    """The batch of a step: input_ids (B, S), labels (B, T), and attention_mask (B, S) where inputs are padded."""
+    learning_rate: Callable[[int], float]
+    stop: int
+    """Step count at which the stage ends."""
+    z_loss: float = 1e-4
+    dropout: float = 0.0
+    evaluate_every: int = 0
+    """Steps between calls of `evaluate`; 0: never."""
+    evaluate: Callable[[TrainingState], bool] | None = None
+    """Looks at the state after a step, may write into its record; returns whether to stop early."""
+
+
+def step_seed(seed: int, stage: str, step: int) -> int:
+    """Seed of the random numbers of one step."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class _StepBatches(IterableDataset[Batch]):
+    """The batches of a range of steps; a rank of a distributed run takes its share of each batch's rows."""
+
+    def __init__(self, batch: Callable[[int], Batch], start: int, stop: int) -> None:
+        self.batch, self.start, self.stop = batch, start, stop
+
+    def __iter__(self) -> Iterator[Batch]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        world = torch.distributed.get_world_size() if distributed else 1
+        for step in range(self.start, self.stop):
+            yield {name: tensor[rank::world] for name, tensor in self.batch(step).items()}
+
+
+class TextToText(L.LightningModule):
+    """Teacher-forced training of a T5 with Adafactor."""
+
+    def __init__(self, state: TrainingState, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = state.model
+        self.state = state
+        self.recipe = recipe
+        self.start = state.step
+        self.nll = torch.zeros(())
+        """Cross-entropy of the last step, on the device."""
+        self.tokens = 0
+        """Input and target tokens since the last report, padding not counted."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the stage's clock began (for uptraining: the base's first step)."""
+        return self.start + self.global_step
+
+    def configure_optimizers(self) -> Adafactor:
+        """Adafactor with the slots that the state brings."""
+        optimizer = Adafactor(self.model.parameters())
+        load_named_slots(optimizer, self.model.named_parameters(), self.state.slots)
+        return optimizer
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate and the random numbers of this step."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.recipe.learning_rate(self.step)
+        torch.manual_seed(step_seed(self.recipe.seed, self.recipe.stage, self.step))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        pad_id = self.model.config.pad_id
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        logits_BTV = self.model(input_ids, self.model.shift_right(labels), batch.get("attention_mask"))
+        loss, self.nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
+        self.tokens += int((input_ids != pad_id).sum() + (labels != pad_id).sum())
+        return loss
+
+    def capture(self) -> TrainingState:
+        """The present state, to be saved or continued."""
+        optimizer = self.trainer.optimizers[0]
+        assert isinstance(optimizer, Adafactor)
+        self.state.slots = named_slots(optimizer, self.model.named_parameters())
+        self.state.step = self.step
+        return self.state
+
+
+class _Watch(L.Callback):
+    """Looks after a run: loss curve, rate and time left, divergence, dev evaluation, states to resume from."""
+
+    def __init__(self, label: str, folder: Path | None, config: TrainerConfig) -> None:
+        self.label, self.folder, self.config = label, folder, config
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TextToText)
+        self.began = self.reported = self.saved = time.perf_counter()
+        self.reported_step = pl_module.step
+        self.paused = 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TextToText)
+        recipe, step = pl_module.recipe, pl_module.step
+        last = step == recipe.stop
+        evaluate = recipe.evaluate is not None and (last or step % recipe.evaluate_every == 0)
+        if last or evaluate or time.perf_counter() - self.reported > self.config.report_seconds:
+            self._report(trainer, pl_module)
+        if evaluate:
+            assert recipe.evaluate is not None
+            before = time.perf_counter()
+            if recipe.evaluate(pl_module.capture()):
+                trainer.should_stop = True
+            pl_module.model.train()
+            self.reported += time.perf_counter() - before
+        due = time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes
+        if self.folder is not None and not last and due and trainer.is_global_zero:
+            pl_module.capture().save(self.folder)
+            self.saved = time.perf_counter()
+
+    def _report(self, trainer: L.Trainer, module: TextToText) -> None:
+        recipe, step, record = module.recipe, module.step, module.state.record
+        loss, now = float(module.nll), time.perf_counter()
+        if not math.isfinite(loss):
+            raise Diverged(recipe.stage, step)
+        seconds, steps = now - self.reported, step - self.reported_step
+        record["tokens"] = record.get("tokens", 0) + module.tokens
+        record["seconds"] = record.get("seconds", 0.0) + seconds
+        record["loss"] = loss
+        record.setdefault("curve", []).append([step, round(loss, 4)])
+        rate = module.tokens / seconds
+        left = (recipe.stop - step) * seconds / max(steps, 1)
+        logger.info(
+            "%s: step %d/%d, loss %.3f, %.0f tokens/s, %s left",
+            self.label, step, recipe.stop, loss, rate, clock(left),
+        )  # fmt: skip
+        values = {f"{recipe.stage}/loss": loss, f"{recipe.stage}/tokens_per_second": rate}
+        for tracker in trainer.loggers:
+            tracker.log_metrics({**values, f"{recipe.stage}/step": step})
+        module.tokens, self.reported, self.reported_step = 0, now, step
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes:seconds, for people."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def train(
+    state: TrainingState,
+    recipe: Recipe,
+    config: TrainerConfig,
+    *,
+    label: str,
+    resume_folder: Path | None = None,
+    trackers: Sequence[Logger] = (),
+) -> TrainingState:
+    """Train from `state.step` to `recipe.stop`.
+
+    Args:
+        state: where to start; its model is trained in place.
+        recipe: what to do at each step.
+        config: hardware and precision.
+        label: what progress lines call the run.
+        resume_folder: where states to resume from are kept; the caller starts from the one it finds there.
+        trackers: Lightning loggers, such as W&B's.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    if state.step >= recipe.stop:
+        return state
+    state.model.train()
+    state.model.set_dropout(recipe.dropout)
+    if config.compile and can_compile(config.accelerator):
+        state.model.compile_layers()
+    torch.use_deterministic_algorithms(config.deterministic)
+    module = TextToText(state, recipe)
+    with training_allowed(), warnings.catch_warnings():
+        # One worker is enough: batches are cheap and the loop is the process's own.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer = L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]  # checked by our own configuration
+            max_steps=recipe.stop - state.step,
+            callbacks=[_Watch(label, resume_folder, config)],
+            logger=list(trackers) or False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1_000_000_000,  # the callback logs
+            use_distributed_sampler=False,
+        )
+        batches = _StepBatches(recipe.batch, state.step, recipe.stop)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+        state = module.capture()
+    state.model.eval()
+    return state
+
+
+@torch.inference_mode()
+def heldout_loss(model: T5, batches: Iterable[Batch], config: TrainerConfig) -> float:
+    """Mean cross-entropy per target token, in nats, of teacher-forced batches, at the training precision."""
+    total, tokens = 0.0, 0
+    model.eval()
+    enabled = config.precision == "bf16-mixed"
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+            labels = batch["labels"].to(model.device)
+            logits_BTV = model(batch["input_ids"].to(model.device), model.shift_right(labels))
+        nll, count = summed_nll(logits_BTV, labels, model.config.pad_id)
+        total, tokens = total + nll, tokens + count
+    return total / tokens

@@ -1,0 +1,158 @@
+"""Pre-training of a multi-head base on a corpus, and uptraining, which is the same thing from a later step on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+
+from gqa_exp.config import Config, CorpusConfig
+from gqa_exp.data.corpus import (
+    CorpusStream,
+    corpus_hash,
+    corpus_tokens,
+    heldout_batches,
+    heldout_tokens,
+    read_text_file,
+    tokenize,
+    unigram_loss,
+)
+from gqa_exp.data.tokenizer import Tokenizer
+from gqa_exp.errors import InputError
+from gqa_exp.model import T5, T5Config
+from gqa_exp.training.loop import Batch, Recipe, heldout_loss, step_seed, train
+from gqa_exp.training.schedule import learning_rate
+from gqa_exp.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+HELDOUT_WINDOWS = 16
+"""Windows per source for the held-out loss: enough to compare, little enough to take seconds."""
+
+
+def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
+    """The training tokens of a corpus: the embedded text, or the user's files.
+
+    Raises:
+        InputError: a file is missing, empty or not UTF-8.
+    """
+    if config.files:
+        return tokenize([read_text_file(path) for path in config.files], tokenizer)
+    return corpus_tokens("train", tokenizer, cache)
+
+
+def corpus_identity(config: CorpusConfig, tokenizer: Tokenizer) -> str:
+    """Hash of the text and tokenizer a corpus consists of; its lengths and noise are keyed by the configuration."""
+    if not config.files:
+        return corpus_hash(tokenizer)
+    import hashlib
+
+    digest = hashlib.sha256(tokenizer.content_hash.encode())
+    for path in config.files:
+        digest.update(hashlib.sha256(read_text_file(path).encode()).digest())
+    return digest.hexdigest()
+
+
+def pretraining_recipe(config: Config, stage: str, seed: int, tokens: Any, tokenizer: Tokenizer, stop: int) -> Recipe:
+    """What pre-training does at each absolute step; uptraining continues it with a later `stop`."""
+    pretrain = config.pretrain
+    stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
+    flat_steps = max(1, round(pretrain.flat_fraction * pretrain.steps))
+    return Recipe(
+        stage=stage,
+        seed=seed,
+        batch=lambda step: stream.batch(step, pretrain.batch_size),
+        learning_rate=lambda step: learning_rate(step, peak=pretrain.peak_lr, flat_steps=flat_steps),
+        stop=stop,
+        z_loss=pretrain.z_loss,
+    )
+
+
+def heldout_sets(config: Config, tokenizer: Tokenizer, cache: Path) -> dict[str, list[Batch]]:
+    """A few held-out batches of each text source of the embedded corpus, with fixed noise."""
+    sets = {}
+    for source, tokens in heldout_tokens(tokenizer, cache).items():
+        batches = list(heldout_batches(tokens, config.corpus, tokenizer, HELDOUT_WINDOWS))[:1]
+        if batches:
+            sets[source] = batches
+    return sets
+
+
+def measure_heldout(model: T5, sets: dict[str, list[Batch]], config: Config) -> dict[str, float]:
+    """Held-out loss (nats per target token) per source, and their mean over all tokens as "all"."""
+    losses = {source: heldout_loss(model, batches, config.trainer) for source, batches in sets.items()}
+    everything = [batch for batches in sets.values() for batch in batches]
+    losses["all"] = heldout_loss(model, everything, config.trainer)
+    return {source: round(loss, 4) for source, loss in losses.items()}
+
+
+def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], tokenizer: Tokenizer) -> float:
+    """Held-out loss of a model that knows only how frequent each target token is."""
+    stream = CorpusStream(tokens, config.corpus, tokenizer, seed=0)
+    train_labels = torch.cat([stream.batch(step, 64)["labels"] for step in range(50)])
+    heldout_labels = torch.cat([batch["labels"].flatten() for batches in sets.values() for batch in batches])
+    return unigram_loss(train_labels.numpy(), heldout_labels.numpy(), tokenizer.vocab_size)
+
+
+def pretrain_base(
+    config: Config, tokenizer: Tokenizer, work: Path, export: Path, trackers: Sequence[Logger] = ()
+) -> TrainingState:
+    """Train a multi-head base from scratch, or go on where an interrupted run stopped, and export it.
+
+    Args:
+        config: model, corpus, pretrain, trainer and seed are used.
+        tokenizer: the corpus's.
+        work: folder for the state to resume from and the token cache.
+        export: checkpoint folder to write: bfloat16 weights, optimizer slots, step and training record.
+        trackers: Lightning loggers.
+
+    Raises:
+        InputError: the tokenizer does not fit the model, or the resumable state is of another geometry.
+    """
+    geometry = T5Config.from_model_config(config.model)
+    if tokenizer.vocab_size > geometry.vocab_size:
+        raise InputError(
+            f"model.vocab_size={geometry.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids"
+        )
+    tokens = read_corpus(config.corpus, tokenizer, work / "cache")
+    resume = work / "state"
+    if resume.exists():
+        state = TrainingState.load(resume)
+        if state.model.config != geometry:
+            raise InputError(f"{resume}: an unfinished run of another geometry; remove it or choose another output")
+        logger.info("resuming at step %d", state.step)
+    else:
+        torch.manual_seed(step_seed(config.seed, "initialize", 0))
+        state = TrainingState(T5(geometry))
+    recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps)
+    state = train(state, recipe, config.trainer, label="pretrain", resume_folder=resume, trackers=trackers)
+    state.save(resume)
+    record = state.record
+    if not config.corpus.files:
+        sets = heldout_sets(config, tokenizer, work / "cache")
+        record["heldout_loss"] = measure_heldout(state.model, sets, config)
+        record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)
+        logger.info("held-out loss %.4f (unigram %.4f)", record["heldout_loss"]["all"], record["heldout_unigram_loss"])
+    record["tokens_per_second"] = round(record["tokens"] / record["seconds"], 1)
+    record["epochs"] = round(state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3)
+    record["corpus_tokens"] = len(tokens)
+    record["recipe"] = {
+        "pretrain": vars(config.pretrain),
+        "corpus": vars(config.corpus),
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+    }
+    shipped = replace(state, slots={name: slot.clone() for name, slot in state.slots.items()})
+    shipped.save(export, torch.bfloat16)
+    return state
+
+
+def recipe_window(config: Config) -> int:
+    """Raw tokens that one window takes from the corpus."""
+    from gqa_exp.data.corpus import corrupted_lengths
+
+    return corrupted_lengths(config.corpus).window
