@@ -28,6 +28,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     choices = sorted(known)
     nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if nearest and len(choices) > 20:
+        return f'did you mean "{nearest[0]}"?'
     listing = f"known: {', '.join(choices)}" if choices else "none are known"
     return f'did you mean "{nearest[0]}"? ({listing})' if nearest else listing
 

@@ -202,7 +202,7 @@ def read_results(folder: Path) -> list[Result]:
     for path in sorted(folder.glob("*.json")):
         try:
             results.append(Result.from_row(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not a result row ({error})") from error
     return sorted(results, key=lambda r: (r.task, -max(r.num_kv_heads), r.method, r.proportion, r.seed))
 

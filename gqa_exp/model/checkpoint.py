@@ -163,6 +163,7 @@ _TOP = {
     "encoder.relative_bias.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     "decoder.relative_bias.weight": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
 }
+_CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def hf_name(name: str) -> str:
@@ -185,9 +186,11 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
     """
     folder = Path(folder)
     record = read_config(folder)
+    # transformers 5 writes tie_word_embeddings=true into every T5 folder; what it keeps of T5.1.1's false is this field.
+    tied = record.get("tie_word_embeddings", True) and record.get("scale_decoder_outputs", True)
     wanted = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     for name, value in wanted.items():
-        found = record.get(name, True if name == "tie_word_embeddings" else None)
+        found = tied if name == "tie_word_embeddings" else record.get(name)
         if found != value:
             raise InputError(
                 f"{folder / CONFIG}: {name}={found!r}, but T5.1.1 has {value!r}; only T5.1.1 fits this model"
@@ -206,6 +209,9 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
             relative_max_distance=record.get("relative_attention_max_distance", 128),
             layer_norm_epsilon=record.get("layer_norm_epsilon", 1e-6),
             num_kv_heads=record.get("num_kv_heads"),
+            pad_id=record.get("pad_token_id", 0),
+            eos_id=record.get("eos_token_id", 1),
+            decoder_start_id=record.get("decoder_start_token_id", 0),
         )
     except KeyError as error:
         raise InputError(f"{folder / CONFIG}: field {error} is missing") from error
@@ -215,9 +221,10 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
         stored.update(read_tensors(path))
     with torch.device("meta"):
         ours = {hf_name(name): name for name in T5(config).state_dict()}
-    # transformers may store the input embedding a second time under the stacks' names.
-    copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
-    weights = {ours.get(name, name): tensor for name, tensor in stored.items() if name not in copies}
+    # transformers may store the input embedding a second time under the stacks' names, and early conversions hold a
+    # position bias of cross-attention, which no model uses.
+    unused = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", _CROSS_BIAS}
+    weights = {ours.get(name, name): tensor for name, tensor in stored.items() if name not in unused}
     return _build(config, weights, dtype, folder)
 
 

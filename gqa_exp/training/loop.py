@@ -148,8 +148,12 @@ class _Watch(L.Callback):
         assert isinstance(pl_module, TextToText)
         recipe, step = pl_module.recipe, pl_module.step
         last = step == recipe.stop
-        evaluate = recipe.evaluate is not None and (last or step % recipe.evaluate_every == 0)
-        if last or evaluate or time.perf_counter() - self.reported > self.config.report_seconds:
+        every = recipe.evaluate_every
+        evaluate = recipe.evaluate is not None and every > 0 and (last or step % every == 0)
+        elapsed = time.perf_counter() - self.saved
+        due = self.folder is not None and not last and elapsed > 60 * self.config.checkpoint_minutes
+        # A state is reported before it is saved: its record is then complete, and its loss known to be finite.
+        if last or evaluate or due or time.perf_counter() - self.reported > self.config.report_seconds:
             self._report(trainer, pl_module)
         if evaluate:
             assert recipe.evaluate is not None
@@ -158,8 +162,7 @@ class _Watch(L.Callback):
                 trainer.should_stop = True
             pl_module.model.train()
             self.reported += time.perf_counter() - before
-        due = time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes
-        if self.folder is not None and not last and due and trainer.is_global_zero:
+        if due and self.folder is not None and trainer.is_global_zero:
             pl_module.capture().save(self.folder)
             self.saved = time.perf_counter()
 

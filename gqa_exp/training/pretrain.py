@@ -138,7 +138,9 @@ def pretrain_base(
         record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)
         logger.info("held-out loss %.4f (unigram %.4f)", record["heldout_loss"]["all"], record["heldout_unigram_loss"])
     record["tokens_per_second"] = round(record["tokens"] / record["seconds"], 1)
-    record["epochs"] = round(state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3)
+    record["epochs"] = round(
+        state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3
+    )
     record["corpus_tokens"] = len(tokens)
     record["recipe"] = {
         "pretrain": vars(config.pretrain),

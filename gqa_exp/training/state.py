@@ -41,8 +41,13 @@ class TrainingState:
         save_file({name: slot.contiguous() for name, slot in self.slots.items()}, aside / OPTIMIZER)
         training = {"step": self.step, **self.record}
         (aside / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        # Deleting takes long enough to be interrupted in; moving out of the way does not.
+        old = folder.with_name(f"{aside.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingState":
@@ -55,7 +60,7 @@ class TrainingState:
         try:
             record = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
             step = int(record.pop("step"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{folder / TRAINING}: no readable training record ({error}); uptraining needs it"
             ) from error

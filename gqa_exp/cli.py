@@ -1,0 +1,155 @@
+"""Hydra with typed configuration, checks before anything runs, and one clear line for bad input.
+
+Hydra composes `conf/` onto the dataclasses of `gqa_exp.config`; here its errors become `InputError` with the nearest
+known name, and a sweep is checked point by point before its first point starts.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gqa_exp.config import Config, check
+from gqa_exp.errors import InputError, one_line, suggest
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository: conf/ and sweeps/ are beside the package (an editable install is the one supported way)."""
+
+sweep_points: list[Config] = []
+"""The checked points of the sweep that this process runs, for planning and closing it."""
+
+
+def setup() -> None:
+    """Make the typed schema, the sweeper and the repository's folders known to Hydra."""
+    os.environ["GQA_EXP_ROOT"] = str(ROOT)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
+    ConfigStore.instance().store(name="schema", node=Config)
+    Plugins.instance().register(CheckedSweeper)
+
+
+class CheckedSweeper(BasicSweeper):
+    """Hydra's basic sweeper (all combinations), which checks every point first and can leave combinations out."""
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        skip: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Args as the basic sweeper's, and `skip`: field values whose joint occurrence is left out of the sweep."""
+        super().__init__(max_batch_size, params)
+        self.skip = [dict(pattern) for pattern in skip]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run all points in turn."""
+        sweep_points.clear()
+        return super().sweep(arguments)
+
+    def get_job_batch(self) -> Sequence[Sequence[str]]:
+        """The next batch of points, without those to skip."""
+        batch = super().get_job_batch()
+        return [overrides for overrides in batch if not any(_matches(overrides, p) for p in self.skip)]
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Compose and check every point of the batch before the first one runs.
+
+        Raises:
+            InputError: the first point that is wrong.
+        """
+        assert self.config is not None and self.hydra_context is not None
+        for overrides in batch:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            sweep_points.append(to_config(composed))
+
+
+def _matches(overrides: Sequence[str], pattern: dict[str, Any]) -> bool:
+    values = OmegaConf.from_dotlist([item for item in overrides if re.match(r"[\w.]+=", item)])
+    return all(OmegaConf.select(values, name) == value for name, value in pattern.items())
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed and checked configuration of one point.
+
+    Raises:
+        InputError: what `gqa_exp.config.check` refuses.
+    """
+    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `gqa-run OVERRIDES` would run, checked.
+
+    Raises:
+        InputError: as the command would refuse.
+    """
+    setup()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return to_config(hydra.compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def run_hydra(task: Callable[[Config], None]) -> None:
+    """Run a task function under Hydra's command line.
+
+    Raises:
+        InputError: what Hydra or the checks refuse; an output folder that cannot be written.
+    """
+    setup()
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+    def main(composed: DictConfig) -> None:
+        task(to_config(composed))
+
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(
+            f"{error.filename}: cannot be written ({error.strerror}); choose another output=FOLDER"
+        ) from error
+
+
+def explain(error: Exception) -> InputError:
+    """One line for an error of Hydra or OmegaConf: what is wrong, where, and the nearest name that exists."""
+    text = one_line(error)
+    missing = re.search(r"Could not find '([\w/ -]+?)/([\w.-]+)'|Could not load '([\w/-]+?)/([\w.-]+)'", text)
+    if isinstance(error, MissingConfigException) and missing:
+        group, name = missing.group(1) or missing.group(3), missing.group(2) or missing.group(4)
+        folder = ROOT / group if group == "sweeps" else ROOT / "conf" / group
+        return InputError(
+            f'{group}="{name}" is unknown; {suggest(name, [path.stem for path in folder.glob("*.yaml")])}'
+        )
+    unknown = re.search(r"Could not override '([\w.]+)'|[Kk]ey '([\w.]+)' (?:is )?not in", text)
+    if unknown:
+        name = unknown.group(1) or unknown.group(2)
+        return InputError(f'field "{name}" is unknown; {suggest(name, _field_names(Config()))}')
+    if error.__cause__ is not None and text.startswith("Error merging override"):
+        text = f"{text.removeprefix('Error merging override ')}: {one_line(error.__cause__)}"
+    return InputError(re.sub(r" ?(full_key|object_type|reference_type)[:=].*", "", text))
+
+
+def _field_names(config: object, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a nested configuration."""
+    names = []
+    for spec in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, spec.name)
+        inner = _field_names(value, f"{prefix}{spec.name}.") if dataclasses.is_dataclass(value) else []
+        names += [f"{prefix}{spec.name}", *inner]
+    return names

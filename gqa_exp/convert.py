@@ -1,0 +1,236 @@
+"""gqa-convert: a checkpoint folder to another with fewer KV heads, and a manifest that says how it came about."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+
+from gqa_exp.config import METHODS, OPTIMIZER_SLOTS
+from gqa_exp.errors import InputError, command
+from gqa_exp.model.checkpoint import (
+    CONFIG,
+    OPTIMIZER,
+    TRAINING,
+    WEIGHTS,
+    content_hash,
+    load,
+    load_hf,
+    read_config,
+    save,
+)
+from gqa_exp.model.convert import SiteReport, conversion_report
+from gqa_exp.training.conversion import convert_state
+from gqa_exp.training.state import TrainingState
+
+MANIFEST = "manifest.json"
+CHECKPOINT_FILES = {CONFIG, WEIGHTS, OPTIMIZER, TRAINING, MANIFEST}
+MAX_SEED = 2**31 - 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, ending bad usage in one line as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gqa-convert", description="Convert a checkpoint to fewer KV heads in the decoder.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="checkpoint folder to write")
+    parser.add_argument(
+        "--num-kv-heads", required=True, metavar="G", help="KV heads; or one number per decoder layer, as 8,4,2,1"
+    )
+    parser.add_argument("--method", default="mean", metavar="|".join(METHODS), help="how heads merge (default: mean)")
+    parser.add_argument("--seed", type=int, default=0, help="of fresh weights, method random only (default: 0)")
+    parser.add_argument(
+        "--slots",
+        default="pool",
+        metavar="|".join(OPTIMIZER_SLOTS),
+        help="the optimizer's second moments of merged heads, where SOURCE has any (default: pool)",
+    )
+    parser.add_argument("--from-hf", action="store_true", help="SOURCE is a T5.1.1 folder of transformers")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that TARGET holds already")
+    return parser
+
+
+@command
+def main() -> None:
+    """The command: converts, and prints what each attention site lost."""
+    arguments = _parser().parse_args()
+    report = convert_checkpoint(
+        arguments.source,
+        arguments.target,
+        parse_kv_heads(arguments.num_kv_heads),
+        arguments.method,
+        arguments.seed,
+        arguments.slots,
+        from_hf=arguments.from_hf,
+        overwrite=arguments.overwrite,
+    )
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=120)
+    out.print(_table(report, arguments.method))
+    print(f"written: {arguments.target}")
+
+
+def parse_kv_heads(text: str) -> int | list[int]:
+    """A number of KV heads as a user writes it: "2" is 2, "8,4,2,1" a list.
+
+    Raises:
+        InputError: not whole numbers.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f'num_kv_heads="{text}" must be an int, or one int per decoder layer such as 8,4,2,1'
+        ) from None
+    return values[0] if len(values) == 1 else values
+
+
+def convert_checkpoint(
+    source: Path,
+    target: Path,
+    num_kv_heads: Any,
+    method: str = "mean",
+    seed: int = 0,
+    slots: str = "pool",
+    *,
+    from_hf: bool = False,
+    overwrite: bool = False,
+) -> list[SiteReport]:
+    """Convert a checkpoint folder to another, written whole or not at all.
+
+    The target holds the weights in float32 (the mean of bfloat16 weights is in general no bfloat16 number),
+    `config.json`, `manifest.json`, and, where the source has a training record, that record and the optimizer's slots,
+    so that uptraining continues from it.
+
+    Args:
+        source: a checkpoint folder of ours, or with `from_hf` one of transformers.
+        target: folder to write; its parents are made.
+        num_kv_heads: an int, or one per decoder layer.
+        method: "mean", "first" or "random".
+        seed: of fresh weights; only "random" uses it.
+        slots: "pool" or "reset"; see `gqa_exp.training.adafactor.pool_slots`.
+        from_hf: read `source` with `load_hf`; such a folder has no optimizer slots.
+        overwrite: replace a checkpoint in `target`; a folder that holds anything else is never replaced.
+
+    Returns:
+        What conversion did, per decoder layer and attention site.
+
+    Raises:
+        InputError: a source that cannot be read, heads that do not fit it, or a target that is in use or cannot be
+            written.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed={seed} is out of range; it must be between 0 and {MAX_SEED}")
+    _check_target(source, target, overwrite)
+    state, trained = _read(source, from_hf)
+    converted = convert_state(state, num_kv_heads, method, seed, slots)
+    report = conversion_report(state.model, converted.model)
+    manifest = {
+        "source": str(source),
+        "source_hash": _hf_hash(source) if from_hf else content_hash(source),
+        "method": method,
+        "num_heads": converted.model.config.num_heads,
+        "num_kv_heads": list(converted.model.config.kv_heads),
+        "seed": seed if method == "random" else None,
+        "optimizer_slots": slots if state.slots else None,
+        "report": [dataclasses.asdict(row) for row in report],
+        "versions": {"gqa_exp": version("gqa-exp"), "torch": torch.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _write(target, converted, trained, manifest)
+    return report
+
+
+def _write(target: Path, state: TrainingState, trained: bool, manifest: dict[str, Any]) -> None:
+    """Write the target aside and swap it in; what goes wrong, Ctrl-C included, leaves the target as it was."""
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error}); choose another TARGET") from error
+    new, old = aside / "new", aside / "old"
+    try:
+        if trained:
+            state.save(new)
+        else:
+            save(state.model, new)
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target}: cannot be written ({error}); choose another TARGET") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse a target whose contents would be lost, before anything is read."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{target}: holds the source {source}; choose another TARGET")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file; TARGET must be a folder, new or empty")
+    found = {path.name for path in target.iterdir()} if target.exists() else set()
+    if found and not overwrite:
+        raise InputError(f"{target}: exists and is not empty; choose another TARGET, or add --overwrite")
+    if foreign := sorted(found - CHECKPOINT_FILES):
+        raise InputError(f'{target}: holds "{foreign[0]}", which is no part of a checkpoint; choose another TARGET')
+
+
+def _read(source: Path, from_hf: bool) -> tuple[TrainingState, bool]:
+    """The source, and whether it holds more than a model: a training record, and slots."""
+    if from_hf:
+        return TrainingState(load_hf(source)), False
+    record = read_config(source)
+    if "model_type" in record and "format" not in record:
+        raise InputError(f"{source}: a checkpoint of transformers; add --from-hf to read it")
+    if (source / TRAINING).exists() or (source / OPTIMIZER).exists():
+        return TrainingState.load(source), True
+    return TrainingState(load(source)), False
+
+
+def _hf_hash(source: Path) -> str:
+    """As `content_hash`, for a folder of transformers, whose weights may be in several files."""
+    digest = hashlib.sha256(json.dumps(read_config(source), sort_keys=True).encode())
+    for path in sorted(source.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _table(report: Sequence[SiteReport], method: str) -> Table:
+    table = Table(
+        title=f"KV heads merged by {method}",
+        caption="Error: distance between each head's projection and its group's one, relative to the projection.",
+    )
+    for heading in ("layer", "site", "KV heads", "K error", "V error"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for row in report:
+        heads = f"{row.heads_before} to {row.heads_after}"
+        table.add_row(str(row.layer), row.site.replace("_", "-"), heads, f"{row.k_error:.3f}", f"{row.v_error:.3f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The stages of a point: base, convert, uptrain, finetune, evaluate; what keys each, and how it is computed.
+
+Keys hash what can change a stage's output and nothing else: conversion ignores the method where no layer changes and
+the seed unless it draws; uptraining is keyed by its chain and the absolute step it reaches, so that a proportion
+reached through a smaller one is the same object as one reached directly. `*_VERSION` is raised by hand when a stage's
+code changes its results.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch.loggers import Logger
+
+from gqa_exp.config import Config, kv_heads_per_layer, variant_label
+from gqa_exp.data.tasks import baseline_predictions, task_hash
+from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
+from gqa_exp.errors import InputError
+from gqa_exp.evaluation import bootstrap_interval, score
+from gqa_exp.model import T5, conversion_report
+from gqa_exp.model.checkpoint import content_hash, load
+from gqa_exp.pipeline.store import Stage, Store, key_of
+from gqa_exp.training.conversion import convert_state
+from gqa_exp.training.finetune import evaluate_split, finetune, generation_model, read_split
+from gqa_exp.training.loop import train
+from gqa_exp.training.pretrain import corpus_identity, pretraining_recipe, read_corpus
+from gqa_exp.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = EVALUATE_VERSION = 1
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+SCORES, EXAMPLES = "scores.json", "examples.parquet"
+
+
+def base_folder(config: Config) -> Path:
+    """The base checkpoint of a configured model: the given one, or the one shipped.
+
+    Raises:
+        InputError: none is shipped for this model.
+    """
+    if config.model.base is not None:
+        return Path(config.model.base)
+    folder = SHIPPED / config.model.name
+    if not folder.is_dir():
+        raise InputError(
+            f"model {config.model.name} has no shipped base checkpoint; train one with gqa-pretrain and give its "
+            "folder as model.base=FOLDER"
+        )
+    return folder
+
+
+class Pipeline:
+    """The stages of one point over a store.
+
+    Args:
+        config: the point, checked.
+        store: where stages are kept.
+        trackers: Lightning loggers that stages computed here report to.
+
+    Raises:
+        InputError: the base checkpoint is missing, broken, or of another geometry than the configured model.
+    """
+
+    def __init__(self, config: Config, store: Store, trackers: Sequence[Logger] = ()) -> None:
+        self.config = config
+        self.store = store
+        self.trackers = trackers
+        self.base = base_folder(config)
+        model = config.model
+        self.kv_heads = kv_heads_per_layer(config.num_kv_heads, model.num_heads, model.num_decoder_layers)
+        self.label = variant_label(self.kv_heads, model.num_heads)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the embedded text."""
+        return default_tokenizer()
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_key(self) -> str:
+        """Content hash of the base checkpoint."""
+        return content_hash(self.base)[:16]
+
+    @cached_property
+    def base_step(self) -> int:
+        """Optimizer steps the base was trained for; proportions are shares of it."""
+        try:
+            return int(json.loads((self.base / "training.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.base / 'training.json'}: no training record with a step ({error})") from error
+
+    @cached_property
+    def convert_stage(self) -> Stage:
+        """Conversion of the base."""
+        config = self.config
+        changed = any(kv_heads != config.model.num_heads for kv_heads in self.kv_heads)
+        facts = {
+            "version": CONVERT_VERSION,
+            "base": self.base_key,
+            "num_kv_heads": self.kv_heads,
+            "method": config.method if changed else None,
+            "seed": config.seed if changed and config.method == "random" else None,
+            "optimizer_slots": config.convert.optimizer_slots if changed else None,
+        }
+        return Stage("convert", key_of(facts), facts)
+
+    @cached_property
+    def uptrain_stop(self) -> int:
+        """The absolute step that uptraining reaches."""
+        return self.base_step + round(self.config.proportion * self.base_step)
+
+    @cached_property
+    def uptrain_stage(self) -> Stage | None:
+        """Uptraining of the converted checkpoint; None where the proportion rounds to no step."""
+        config = self.config
+        if self.uptrain_stop == self.base_step:
+            return None
+        chain = {
+            "version": UPTRAIN_VERSION,
+            "convert": self.convert_stage.key,
+            "seed": config.seed,
+            "corpus": corpus_identity(config.corpus, self.tokenizer),
+            "corruption": {name: value for name, value in vars(config.corpus).items() if name not in ("name", "files")},
+            "pretrain": vars(config.pretrain),
+            "precision": config.trainer.precision,
+        }
+        facts = {**chain, "step": self.uptrain_stop}
+        return Stage("uptrain", f"{key_of(chain)}-{self.uptrain_stop:09d}", facts)
+
+    @property
+    def pretrained_stage(self) -> Stage:
+        """What fine-tuning starts from."""
+        return self.uptrain_stage or self.convert_stage
+
+    @cached_property
+    def finetune_stage(self) -> Stage:
+        """Fine-tuning on the task."""
+        config = self.config
+        facts = {
+            "version": FINETUNE_VERSION,
+            "parent": self.pretrained_stage.key,
+            "seed": config.seed,
+            "data": task_hash(config.task),
+            "tokenizer": self.tokenizer.content_hash,
+            "task": vars(config.task),
+            "finetune": vars(config.finetune),
+            "dtype": config.evaluation.dtype,
+            "precision": config.trainer.precision,
+        }
+        return Stage("finetune", key_of(facts), facts)
+
+    @cached_property
+    def evaluate_stage(self) -> Stage:
+        """Evaluation of the fine-tuned checkpoint."""
+        evaluation = {name: value for name, value in vars(self.config.evaluation).items() if name != "batch_tokens"}
+        facts = {"version": EVALUATE_VERSION, "finetune": self.finetune_stage.key, "evaluation": evaluation}
+        return Stage("evaluate", key_of(facts), facts)
+
+    def stages(self) -> list[Stage]:
+        """The stages that the point needs, in order; the base exists already."""
+        chain = [self.convert_stage, self.uptrain_stage, self.finetune_stage, self.evaluate_stage]
+        return [stage for stage in chain if stage is not None]
+
+    # -- computation ---------------------------------------------------------------------------------------------------
+
+    def obtain(self, stage: Stage) -> Path:
+        """The folder of one of this point's stages, computed unless the store holds it; parents first.
+
+        Raises:
+            Diverged: this stage or a parent diverged.
+        """
+        compute = {
+            "convert": self._convert,
+            "uptrain": self._uptrain,
+            "finetune": self._finetune,
+            "evaluate": self._evaluate,
+        }[stage.name]
+        return self.store.obtain(stage, compute)
+
+    def _convert(self, folder: Path) -> dict[str, Any]:
+        base = TrainingState.load(self.base)
+        self._check_geometry(base.model)
+        config = self.config
+        state = convert_state(base, self.kv_heads, config.method, config.seed, config.convert.optimizer_slots)
+        state.record = {}
+        state.save(folder)
+        report = [dataclasses.asdict(site) for site in conversion_report(base.model, state.model)]
+        return {"report": report, "source": str(self.base)}
+
+    def _check_geometry(self, base: T5) -> None:
+        found, wanted = dataclasses.asdict(base.config), vars(self.config.model)
+        for name in (
+            "d_model",
+            "d_ff",
+            "num_heads",
+            "head_dim",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "vocab_size",
+        ):
+            if found[name] != wanted[name]:
+                raise InputError(
+                    f"{self.base}: the checkpoint has {name}={found[name]}, but model.{name}={wanted[name]}; "
+                    "choose the model that the checkpoint belongs to"
+                )
+
+    def _uptrain(self, folder: Path) -> dict[str, Any]:
+        stage = self.uptrain_stage
+        assert stage is not None
+        converted = self.obtain(self.convert_stage)
+        chain = stage.key.rpartition("-")[0]
+        shorter = [
+            path for path in (self.store.root / "uptrain").glob(f"{chain}-*") if _step_of(path) < self.uptrain_stop
+        ]
+        partial = self.store.partial(stage)
+        starts = [
+            TrainingState.load(path)
+            for path in (max(shorter, key=_step_of, default=converted), partial)
+            if path.exists()
+        ]
+        state = max(starts, key=lambda candidate: candidate.step)
+        tokens = read_corpus(self.config.corpus, self.tokenizer, self.store.root / "cache")
+        recipe = pretraining_recipe(self.config, "uptrain", self.config.seed, tokens, self.tokenizer, self.uptrain_stop)
+        label = f"uptrain {self.label} {self.config.proportion:g}"
+        state = train(state, recipe, self.config.trainer, label=label, resume_folder=partial, trackers=self.trackers)
+        state.save(folder)
+        return {"steps": state.step - self.base_step, **state.record}
+
+    def _finetune(self, folder: Path) -> dict[str, Any]:
+        start = TrainingState(load(self.obtain(self.pretrained_stage)))
+        config = self.config
+        best = finetune(
+            start,
+            config,
+            self.tokenizer,
+            label=f"finetune {self.label} {config.proportion:g} {config.task.name}",
+            resume_folder=self.store.partial(self.finetune_stage),
+            trackers=self.trackers,
+        )
+        best.save(folder)
+        return best.record
+
+    def _evaluate(self, folder: Path) -> dict[str, Any]:
+        config, metric = self.config, self.config.task.metric
+        model = generation_model(load(self.obtain(self.finetune_stage)), config)
+        split = read_split(config, config.evaluation.split, self.tokenizer, config.evaluation.max_examples)
+        label = f"evaluate {self.label} {config.proportion:g} {config.task.name}"
+        evaluation = evaluate_split(model, config, split, self.tokenizer, progress=label)
+        scores = evaluation.scores
+        baselines = baseline_predictions(config.task, split.dataset)
+        low, high = bootstrap_interval(scores, metric)
+        examples = pd.DataFrame(
+            {
+                "id": list(split.dataset["id"]),
+                "prediction": evaluation.predictions,
+                "references": split.references,
+                **scores.per_example,
+            }
+        )
+        if scores.bleu_stats is not None:
+            examples["bleu_stats"] = scores.bleu_stats
+        examples.to_parquet(folder / EXAMPLES, index=False)
+        result = {
+            "metrics": scores.metrics,
+            "score_low": low,
+            "score_high": high,
+            "num_examples": scores.num_examples,
+            "mean_generated_tokens": evaluation.mean_generated_tokens,
+            "baselines": {
+                name: score(config.task.kind, predictions, split.references).metrics[metric]
+                for name, predictions in baselines.items()
+            },
+        }
+        (folder / SCORES).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        logger.info("%s: %s %.2f (%.2f to %.2f)", label, metric, scores.metrics[metric], low, high)
+        return {"seconds_generating": evaluation.seconds}
+
+
+def _step_of(path: Path) -> int:
+    match = re.fullmatch(r"[0-9a-f]+-(\d+)", path.name)
+    return int(match.group(1)) if match else -1
