@@ -66,7 +66,8 @@ class CheckedSweeper(BasicSweeper):
         Raises:
             InputError: the first point that is wrong.
         """
-        assert self.config is not None and self.hydra_context is not None
+        assert self.config is not None
+        assert self.hydra_context is not None
         for overrides in batch:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             sweep_points.append(to_config(composed))

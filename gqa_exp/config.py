@@ -63,11 +63,11 @@ class CorpusConfig:
 class PretrainConfig:
     """Recipe of the base, which uptraining continues: Adafactor, flat then reciprocal square root, z-loss."""
 
-    steps: int = bounded(1600, 1)
+    steps: int = bounded(1500, 1)
     """Length of the base's run; uptraining for proportion p takes round(p * steps) more steps."""
     batch_size: int = bounded(14, 1)
     """Windows per optimizer step."""
-    peak_lr: float = bounded(0.05, 1e-8, 1.0)
+    peak_lr: float = bounded(0.02, 1e-8, 1.0)
     flat_fraction: float = bounded(0.01, 0.0, 1.0)
     """The rate stays at its peak for this share of the base's steps, then falls as 1/sqrt(step)."""
     z_loss: float = bounded(1e-4, 0.0, 1.0)

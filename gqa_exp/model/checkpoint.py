@@ -186,7 +186,7 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
     """
     folder = Path(folder)
     record = read_config(folder)
-    # transformers 5 writes tie_word_embeddings=true into every T5 folder; what it keeps of T5.1.1's false is this field.
+    # transformers 5 writes tie_word_embeddings=true into every T5 folder; this field keeps T5.1.1's false.
     tied = record.get("tie_word_embeddings", True) and record.get("scale_decoder_outputs", True)
     wanted = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
     for name, value in wanted.items():

@@ -1,0 +1,110 @@
+"""What closes a run: one timing job over all its architectures, joined to the rows, and the report.
+
+Decode time depends on architecture, lengths and hardware, not on what the weights learned. So a sweep is timed once, at
+its end: all architectures interleaved in one process, alone on the host, on real checkpoints of the sweep.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gqa_exp.config import Config
+from gqa_exp.evaluation.evaluate import pad
+from gqa_exp.model.checkpoint import load
+from gqa_exp.pipeline.plan import Plan
+from gqa_exp.pipeline.point import new_result, results_folder, store_of
+from gqa_exp.pipeline.stages import Pipeline
+from gqa_exp.pipeline.store import Stage, key_of
+from gqa_exp.results import Result, write_atomically, write_result
+from gqa_exp.timing.environment import hardware_id
+from gqa_exp.timing.timer import time_variants
+from gqa_exp.training.finetune import read_split
+
+logger = logging.getLogger(__name__)
+
+TIME_VERSION = 1
+REFERENCE = "MHA"
+
+
+def close(configs: Sequence[Config], plan: Plan) -> None:
+    """Time the architectures of the given points and write the times into their rows.
+
+    Args:
+        configs: the points of a sweep, or a single one; all with the same model, timing and output.
+        plan: told when the timing is done.
+    """
+    first = configs[0]
+    if not first.timing.enabled:
+        return
+    pipelines = [Pipeline(config, store_of(config)) for config in configs]
+    rows = {path.stem: _read(path) for path in results_folder(first).glob("*.json")}
+    points = [(p, rows[key]) for p in pipelines if (key := new_result(p).key) in rows and rows[key].status == "done"]
+    if not points:
+        logger.warning("no finished point to time")
+        return
+    # The first finished point of each architecture lends its checkpoint.
+    owners: dict[str, Pipeline] = {}
+    for pipeline, _ in points:
+        owners.setdefault(pipeline.label, pipeline)
+    with plan.stage(Stage("time", "", {})):
+        record = _timing_record(first, owners)
+    for pipeline, row in points:
+        if row.stages.get("time") == record["key"]:
+            continue
+        row.time = dict(record["variants"][pipeline.label]["fields"])
+        if owners[pipeline.label].config.task.name != pipeline.config.task.name:
+            row.time["natural_length_per_sample"] = None  # measured on another task's inputs
+        row.kv_cache_bytes_per_sample_allocated = record["variants"][pipeline.label]["allocated_cache_bytes_per_sample"]
+        row.stages["time"] = record["key"]
+        write_result(results_folder(first), row)
+
+
+def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any]:
+    """The timing job's file, measured unless there is one of the same architectures, settings and hardware."""
+    facts = {
+        "version": TIME_VERSION,
+        "hardware": hardware_id(config.timing.device),
+        "timing": vars(config.timing),
+        "model": {name: value for name, value in vars(config.model).items() if name != "base"},
+        "architectures": {label: owner.kv_heads for label, owner in owners.items()},
+    }
+    path = results_folder(config) / "times" / f"{key_of(facts)}.json"
+    if path.exists():
+        logger.info("times of these architectures on this hardware: in the store")
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+    models = {label: load(owner.store.folder(owner.finetune_stage)) for label, owner in owners.items()}
+    if REFERENCE not in models:  # a single point: MHA is the base itself
+        models[REFERENCE] = load(next(iter(owners.values())).base)
+    logger.info("timing %s, interleaved", ", ".join(models))
+    natural = {label: _natural_inputs(owner) for label, owner in owners.items()}
+    report = time_variants(models, config.timing, reference=REFERENCE, natural=natural, progress=logger.info)
+    record = {
+        "key": path.stem,
+        "facts": facts,
+        "checkpoints": {label: owner.finetune_stage.key for label, owner in owners.items()},
+        "variants": {
+            label: {
+                "fields": report.fields(label),
+                "allocated_cache_bytes_per_sample": report.allocated_cache_bytes_per_sample(label),
+                "verdict": report.verdict(label),
+            }
+            for label in models
+        },
+        "report": report.to_dict(),
+    }
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _natural_inputs(owner: Pipeline) -> tuple[Any, Any]:
+    """A batch of the point's own test inputs."""
+    config = owner.config
+    split = read_split(config, config.evaluation.split, owner.tokenizer, config.timing.batch_size)
+    return pad(split.encoded.input_ids, owner.tokenizer.pad_id)
+
+
+def _read(path: Path) -> Result:
+    return Result.from_row(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,139 @@
+"""One point in, one result row out."""
+
+import json
+import logging
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gqa_exp.config import Config
+from gqa_exp.errors import InputError, one_line
+from gqa_exp.model import T5Config
+from gqa_exp.pipeline.plan import Plan
+from gqa_exp.pipeline.stages import EXAMPLES, SCORES, Pipeline
+from gqa_exp.pipeline.store import Store, key_of
+from gqa_exp.pipeline.tracking import tracking
+from gqa_exp.results import Result, Scalar, write_examples, write_result
+from gqa_exp.timing.environment import environment
+from gqa_exp.training.loop import Diverged
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def results_folder(config: Config) -> Path:
+    """Where the rows of a sweep are."""
+    return Path(config.output) / "results" / config.sweep
+
+
+def store_of(config: Config) -> Store:
+    """The store that all sweeps of an output folder share."""
+    return Store(Path(config.output) / "store")
+
+
+def new_result(pipeline: Pipeline) -> Result:
+    """The row of a point before anything is computed: configuration, keys, sizes, environment."""
+    config, timing = pipeline.config, pipeline.config.timing
+    geometry = T5Config.from_model_config(config.model, pipeline.kv_heads)
+    element = BYTES_PER_ELEMENT[timing.dtype]
+    stages: dict[str, Scalar] = {"base": pipeline.base_key}
+    stages.update({stage.name: stage.key for stage in pipeline.stages()})
+    evaluate = pipeline.evaluate_stage.key
+    return Result(
+        key=key_of({"evaluate": evaluate, "sweep": config.sweep}),
+        status="failed",
+        sweep=config.sweep,
+        label=pipeline.label,
+        model=config.model.name,
+        task=config.task.name,
+        task_kind=config.task.kind,
+        num_heads=config.model.num_heads,
+        num_kv_heads=list(pipeline.kv_heads),
+        method=config.method,
+        proportion=config.proportion,
+        seed=config.seed,
+        stages=stages,
+        split=config.evaluation.split,
+        metric=config.task.metric,
+        parameters=geometry.num_parameters(),
+        weight_bytes=geometry.num_parameters() * element,
+        kv_cache_bytes_per_sample=geometry.kv_cache_bytes(timing.source_length, timing.output_length, element),
+        config_hash=key_of(_plain(config)),
+        environment=environment(),
+        started=_now(),
+    )
+
+
+def run_point(config: Config, plan: Plan) -> Result:
+    """Compute a point's stages, as far as the store lacks them, and write its result row.
+
+    A diverged stage is an outcome: the row says so and no exception is raised. Any other failure leaves a row of
+    status "failed" and is raised again.
+
+    Raises:
+        InputError: bad input; nothing is written.
+    """
+    pipeline = Pipeline(config, store_of(config))
+    result = new_result(pipeline)
+    path = results_folder(config) / f"{result.key}.json"
+    if path.exists() and all(pipeline.store.holds(stage) for stage in pipeline.stages()):
+        known = Result.from_row(json.loads(path.read_text(encoding="utf-8")))
+        if known.status != "failed":
+            logger.info("%s %g %s: in the store", known.label, known.proportion, known.task)
+            return known
+    with tracking(config, result.label, result.key) as tracker:
+        pipeline.trackers = tracker.loggers
+        try:
+            for stage in pipeline.stages():
+                with plan.stage(stage):
+                    pipeline.obtain(stage)
+            _add_outcome(result, pipeline)
+            result.status, result.ended = "done", _now()
+        except Diverged as diverged:
+            result.status, result.error = "diverged", str(diverged)
+            logger.warning("%s %g %s: %s", result.label, result.proportion, result.task, diverged)
+        except InputError:
+            raise
+        except Exception as error:
+            result.error = one_line("".join(traceback.format_exception_only(error)))
+            raise
+        finally:
+            if result.ended or result.error is not None:
+                result.ended = result.ended or _now()
+                write_result(results_folder(config), result)
+                tracker.finish(result)
+    return result
+
+
+def _add_outcome(result: Result, pipeline: Pipeline) -> None:
+    """Fill in quality and training record from the stages' folders."""
+    store = pipeline.store
+    folder = store.folder(pipeline.evaluate_stage)
+    scores: dict[str, Any] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    result.metrics, result.baselines = scores["metrics"], scores["baselines"]
+    result.score = scores["metrics"][result.metric]
+    result.score_low, result.score_high = scores["score_low"], scores["score_high"]
+    result.num_examples = scores["num_examples"]
+    result.mean_generated_tokens = scores["mean_generated_tokens"]
+    write_examples(results_folder(pipeline.config), result.key, pd.read_parquet(folder / EXAMPLES))
+    for stage in pipeline.stages():
+        record = store.record(stage)
+        result.training[f"{stage.name}_seconds"] = record["seconds"]
+        for name in ("steps", "tokens", "loss", "best_step", "truncated_inputs", "truncated_targets"):
+            if name in record["outcome"]:
+                result.training[f"{stage.name}_{name}"] = record["outcome"][name]
+        result.dev_score = record["outcome"].get("best_score", result.dev_score)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(config)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,67 @@
+"""Weights & Biases: one run per point, grouped by sweep, tagged so that a dashboard can filter; offline by default."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from gqa_exp.config import Config
+from gqa_exp.results import Result
+
+
+class Tracker:
+    """Where a point reports to; does nothing when tracking is disabled."""
+
+    def __init__(self, logger: WandbLogger | None) -> None:
+        self.logger = logger
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """What training stages log to."""
+        return [] if self.logger is None else [self.logger]
+
+    def finish(self, result: Result) -> None:
+        """Put the result row into the run's summary."""
+        if self.logger is not None:
+            self.logger.experiment.summary.update(
+                {name: value for name, value in result.row().items() if name != "key"}
+            )
+
+
+@contextmanager
+def tracking(config: Config, label: str, key: str) -> Iterator[Tracker]:
+    """A W&B run for one point, closed at the end.
+
+    Args:
+        config: the point; `tracking.mode` decides whether anything is written, and where to.
+        label: the variant's name.
+        key: the point's key, kept in the run's configuration to find its result row again.
+    """
+    if config.tracking.mode == "disabled":
+        yield Tracker(None)
+        return
+    import wandb
+
+    folder = Path(config.output) / "tracking"
+    folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        mode="offline" if config.tracking.mode == "offline" else "online",
+        dir=folder,
+        group=config.sweep,
+        job_type=config.task.name,
+        name=f"{label} {config.proportion:g} {config.task.name} seed {config.seed}",
+        tags=[label, f"proportion={config.proportion:g}", config.task.name],
+        config={**asdict(config), "key": key},
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    try:
+        # Each stage counts its own steps.
+        for stage in ("uptrain", "finetune"):
+            run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        yield Tracker(WandbLogger(experiment=run))
+    finally:
+        run.finish()

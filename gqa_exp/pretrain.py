@@ -1,0 +1,40 @@
+"""gqa-pretrain: train a multi-head base from text; the same command resumes an interrupted run."""
+
+import logging
+from pathlib import Path
+
+from gqa_exp.cli import run_hydra
+from gqa_exp.config import Config
+from gqa_exp.data.tokenizer import default_tokenizer
+from gqa_exp.errors import InputError, command
+from gqa_exp.host import prepare
+from gqa_exp.training.pretrain import pretrain_base
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: Config) -> None:
+    """Pre-train `config.model` and export it under OUTPUT/pretrain/MODEL/base.
+
+    Raises:
+        InputError: bad input, or num_kv_heads given: a base is multi-head.
+    """
+    if config.num_kv_heads not in (None, config.model.num_heads):
+        raise InputError(
+            f"num_kv_heads={config.num_kv_heads}: a base is multi-head; pre-train it, then use gqa-convert"
+        )
+    prepare(config.trainer.threads)
+    work = Path(config.output) / "pretrain" / config.model.name
+    export = work / "base"
+    pretrain_base(config, default_tokenizer(), work, export)
+    logger.info("base checkpoint: %s; use it with model.base=%s", export, export)
+
+
+@command
+def main() -> None:
+    """The command."""
+    run_hydra(pretrain)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from gqa_exp.model.attention import GroupedAttention, KVCache, RelativePositionBias, grouped_attention
+
+
+def naive_attention(q_BTHK, k_BGSK, v_BGSK, bias):
+    """One sample, one query head and one query at a time."""
+    B, T, H, K = q_BTHK.shape
+    G, S = k_BGSK.shape[1:3]
+    bias = torch.zeros(B, H, T, S) if bias is None else bias.expand(B, H, T, S)
+    rows = []
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                g = h // (H // G)
+                scores = torch.stack([q_BTHK[b, t, h].dot(k_BGSK[b, g, s]) + bias[b, h, t, s] for s in range(S)])
+                weights = scores.exp() / scores.exp().sum()
+                rows.append(sum(weights[s] * v_BGSK[b, g, s] for s in range(S)))
+    return torch.stack(rows).view(B, T, H, K)
+
+
+@st.composite
+def attention_cases(draw):
+    B, T, S, G, R, K = (draw(st.integers(1, high)) for high in (2, 3, 4, 3, 3, 4))
+    H = G * R
+    shape = draw(st.sampled_from([None, (B, 1, 1, S), (1, H, T, S), (B, H, T, S), (B, 1, T, S), (1, H, 1, S)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    bias = None
+    if shape is not None:
+        bias = normal(*shape)
+        if draw(st.booleans()):
+            hidden = torch.rand(shape, generator=generator) < 0.5
+            hidden[..., 0] = False
+            bias = bias.masked_fill(hidden, -1e9)
+    return normal(B, T, H, K), normal(B, G, S, K), normal(B, G, S, K), bias
+
+
+@given(attention_cases())
+@settings(max_examples=60, deadline=None)
+def test_both_paths_equal_a_loop_over_heads(case):
+    q, k, v, bias = case
+    expected = naive_attention(q, k, v, bias)
+    for fused in (True, False):
+        with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as sdpa:
+            out = grouped_attention(q.clone().requires_grad_(not fused), k, v, bias)
+        assert sdpa.called == (fused and q.shape[1] > 1)
+        torch.testing.assert_close(out.detach(), expected, rtol=1e-10, atol=1e-10)
+
+
+@given(attention_cases())
+@settings(max_examples=20, deadline=None)
+def test_gradients_equal_those_of_a_loop_over_heads(case):
+    given_ = [tensor for tensor in case if tensor is not None]
+    gradients = []
+    for attention in (grouped_attention, naive_attention):
+        leaves = [tensor.clone().requires_grad_() for tensor in given_]
+        out = attention(*leaves, *[None] * (4 - len(leaves)))
+        weights = torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()
+        gradients.append(torch.autograd.grad((out * weights).sum(), leaves))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_module_projects_each_head(kv_heads):
+    torch.manual_seed(0)
+    H, K, D = 4, 3, 10
+    attention = GroupedAttention(D, H, kv_heads, K).double()
+    x, source = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(2, 5, D, dtype=torch.float64)
+
+    def heads(tensor, projection, count):
+        return torch.stack([tensor @ projection.weight[h * K : (h + 1) * K].t() for h in range(count)], dim=1)
+
+    q_BTHK = heads(x, attention.q, H).transpose(1, 2)
+    k, v = heads(source, attention.k, kv_heads), heads(source, attention.v, kv_heads)
+    expected = naive_attention(q_BTHK, k, v, None).flatten(2) @ attention.o.weight.t()
+    torch.testing.assert_close(attention(x, source), expected, rtol=1e-10, atol=1e-10)
+    assert attention.k.weight.shape == attention.v.weight.shape == (kv_heads * K, D)
+
+
+def test_attention_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    attention = GroupedAttention(8, 4, 2, 3)
+    x = torch.randn(2, 5, 8)
+    plain = attention.train()(x, x)
+    attention.dropout = 0.5
+    assert torch.equal(attention.eval()(x, x), plain)
+    assert not torch.allclose(attention.train()(x, x), plain)
+
+
+def test_cache_keeps_what_is_filled_in():
+    attention = GroupedAttention(8, 4, 2, 3)
+    cache = KVCache(attention, batch=5, capacity=7, like=torch.zeros((), dtype=torch.bfloat16))
+    k, v = torch.randn(2, 5, 2, 7, 3, dtype=torch.bfloat16)
+    for start, end in ((0, 4), (4, 5), (5, 7)):
+        k_seen, v_seen = cache.fill(start, k[:, :, start:end], v[:, :, start:end])
+        assert torch.equal(k_seen, k[:, :, :end])
+        assert torch.equal(v_seen, v[:, :, :end])
+    assert cache.nbytes == 2 * 5 * 2 * 7 * 3 * 2  # keys and values, B, G, capacity, K, two bytes
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (16, 64), (8, 20), (64, 1000)])
+def test_buckets_equal_those_of_transformers(bidirectional, num_buckets, max_distance):
+    ours = RelativePositionBias(2, num_buckets, max_distance, bidirectional)
+    distance = torch.arange(-1500, 1501)
+    expected = T5Attention._relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
+    assert torch.equal(ours.bucket(distance), expected)
+    assert set(ours.bucket(distance).tolist()) == set(range(num_buckets)) - ({num_buckets // 2} if bidirectional else set())
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (5, 5), (200, 200), (3, 9), (9, 3)])
+def test_bias_is_that_of_each_distance(bidirectional, T, S):
+    relative = RelativePositionBias(3, 32, 128, bidirectional)
+    torch.nn.init.normal_(relative.weight)
+    distance_TS = torch.arange(S) - torch.arange(T)[:, None]
+    expected = relative.weight[relative.bucket(distance_TS)].permute(2, 0, 1)
+    assert torch.equal(relative(T, S), expected[None])
+    assert torch.equal(relative.of_distances(distance_TS[0]), expected[:, 0])
+
+
+def test_half_precision_is_near_full_precision():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    bias = torch.randn(1, 4, 6, 9)
+    exact = grouped_attention(q, k, v, bias)
+    for needs_gradient in (False, True):
+        halves = [tensor.bfloat16().requires_grad_(needs_gradient) for tensor in (q, k, v)]
+        out = grouped_attention(*halves, bias)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).abs().max() < 0.1
+        assert math.isfinite(float(out.sum()))
