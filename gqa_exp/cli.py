@@ -7,12 +7,14 @@ known name, and a sweep is checked point by point before its first point starts.
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
@@ -21,6 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gqa_exp.config import Config, check
 from gqa_exp.errors import InputError, one_line, suggest
+
+Plugins.instance()  # loads Hydra's plugins anew: a class taken from their modules before that is no longer theirs
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: conf/ and sweeps/ are beside the package (an editable install is the one supported way)."""
@@ -33,8 +39,28 @@ def setup() -> None:
     """Make the typed schema, the sweeper and the repository's folders known to Hydra."""
     os.environ["GQA_EXP_ROOT"] = str(ROOT)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
-    ConfigStore.instance().store(name="schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="hydra/sweeper", name="checked", node=CheckedSweeperConfig, provider="gqa_exp")
+    # Hydra takes plugins from the package "hydra_plugins" alone; giving this module a second name there spares a
+    # top-level folder. Other plugins may have brought the package already.
+    package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    package.gqa_exp = sys.modules[__name__]  # type: ignore[attr-defined]
+    sys.modules["hydra_plugins.gqa_exp"] = sys.modules[__name__]
+    CheckedSweeper.__module__ = "hydra_plugins.gqa_exp"
     Plugins.instance().register(CheckedSweeper)
+
+
+@dataclass
+class CheckedSweeperConfig:
+    """What a sweep file may set under `hydra.sweeper`."""
+
+    _target_: str = "hydra_plugins.gqa_exp.CheckedSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+    """Field to its values, separated by commas; the sweep takes all combinations."""
+    skip: list[Any] = field(default_factory=list)
+    """Field values whose joint occurrence is left out, such as {num_kv_heads: 8, proportion: 0}."""
 
 
 class CheckedSweeper(BasicSweeper):

@@ -205,7 +205,8 @@ class Decoder(nn.Module):
         """Embedded targets (B, T, D), teacher-forced, to states (B, T, D)."""
         T = x_BTD.shape[1]
         future = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
-        bias = self.relative_bias(T, T).masked_fill(future, torch.finfo(torch.float32).min)
+        bias = self.relative_bias(T, T)
+        bias = bias.masked_fill(future, torch.finfo(bias.dtype).min)
         x_BTD = self.dropout(x_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, bias, encoded_BSD, cross_mask)
