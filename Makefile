@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PLOT := runs/demo/report/frontier.png
+PLOT := runs/results/demo/report/frontier.png
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check venv clean distclean

@@ -131,6 +131,14 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise explain(error) from error
 
 
+class _Refused(BaseException):
+    """Carries an `InputError` through Hydra, which would print lines of its own about any `Exception` of a job."""
+
+    def __init__(self, error: InputError) -> None:
+        super().__init__()
+        self.error = error
+
+
 def run_hydra(task: Callable[[Config], None]) -> None:
     """Run a task function under Hydra's command line.
 
@@ -141,10 +149,15 @@ def run_hydra(task: Callable[[Config], None]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
     def main(composed: DictConfig) -> None:
-        task(to_config(composed))
+        try:
+            task(to_config(composed))
+        except InputError as error:
+            raise _Refused(error) from error
 
     try:
         main()
+    except _Refused as refused:
+        raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     except (PermissionError, NotADirectoryError, FileExistsError) as error:

@@ -1,6 +1,5 @@
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +8,9 @@ from gqa_exp.model import T5, T5Config
 
 
 @pytest.fixture(autouse=True)
-def own_host_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_host_lock(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests must not wait for, nor hold up, real training and timing on this host."""
-    folder = tmp_path / "lock"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("lock")
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
 

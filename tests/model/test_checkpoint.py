@@ -211,5 +211,5 @@ def test_formats_are_not_mixed_up(tiny_model, tmp_path):
     save(tiny_model(), tmp_path / "ours")
     with pytest.raises(InputError, match="a transformers checkpoint; read it with load_hf"):
         load(tmp_path / "theirs")
-    with pytest.raises(InputError, match="only T5.1.1 fits this model"):
+    with pytest.raises(InputError, match=r"only T5\.1\.1 fits this model"):
         load_hf(tmp_path / "ours")

@@ -121,7 +121,9 @@ def test_random_has_the_initial_scale(tiny_config):
 def test_layers_that_keep_their_heads_keep_their_weights(tiny_model):
     model = tiny_model()
     converted = convert(model, [4, 1, 4], "random")
-    changed = {name for name, tensor in converted.state_dict().items() if tensor.shape != model.state_dict()[name].shape}
+    changed = {
+        name for name, tensor in converted.state_dict().items() if tensor.shape != model.state_dict()[name].shape
+    }
     assert changed == {name for name, _ in decoder_sites(model) if name.startswith("decoder.layers.1.")}
     for name, tensor in converted.state_dict().items():
         assert name in changed or torch.equal(tensor, model.state_dict()[name])

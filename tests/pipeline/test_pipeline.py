@@ -1,0 +1,151 @@
+"""The chain over a store: keys, sharing, resuming, outcomes."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gqa_exp.config import Config
+from gqa_exp.errors import InputError
+from gqa_exp.pipeline import stages
+from gqa_exp.pipeline.closing import close
+from gqa_exp.pipeline.plan import Plan
+from gqa_exp.pipeline.point import results_folder, run_point, store_of
+from gqa_exp.pipeline.stages import Pipeline
+from gqa_exp.pipeline.store import Stage, Store, key_of
+from gqa_exp.results import read_examples, read_results
+from gqa_exp.training import loop
+from gqa_exp.training.loop import Diverged
+
+Make = Callable[..., Config]
+
+
+def pipeline(config: Config) -> Pipeline:
+    return Pipeline(config, store_of(config))
+
+
+def test_keys_are_canonical(make_config: Make) -> None:
+    assert key_of({"a": 0.05, "b": 1}) == key_of({"b": 1.0, "a": 5e-2})
+    mha = pipeline(make_config(num_kv_heads=None))
+    for same in (4, [4, 4]):
+        assert pipeline(make_config(num_kv_heads=same)).finetune_stage == mha.finetune_stage
+    # The method has no part in MHA, the seed none in mean and first.
+    assert pipeline(make_config(method="random", seed=3)).convert_stage == mha.convert_stage
+    for method, shared in (("mean", True), ("first", True), ("random", False)):
+        keys = {pipeline(make_config(num_kv_heads=1, method=method, seed=seed)).convert_stage.key for seed in (0, 1)}
+        assert (len(keys) == 1) is shared
+    assert len({pipeline(make_config(num_kv_heads=1, method=m)).convert_stage.key for m in ("mean", "first")}) == 2
+
+
+def test_proportion_zero_has_no_uptraining(make_config: Make) -> None:
+    point = pipeline(make_config(proportion=0.0))
+    assert point.uptrain_stage is None
+    assert point.pretrained_stage == point.convert_stage
+
+
+def test_larger_proportion_continues_the_smaller_bitwise(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = make_config(num_kv_heads=2, proportion=0.1), make_config(num_kv_heads=2, proportion=0.2)
+    direct = copy.deepcopy(large)
+    direct.output += "-direct"
+    steps: list[int] = []
+    real = loop.TextToText.training_step
+
+    def counted(self: loop.TextToText, batch: loop.Batch, batch_idx: int) -> torch.Tensor:
+        steps.append(self.step)
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(loop.TextToText, "training_step", counted)
+    folders = []
+    for config in (small, large, direct):
+        point = pipeline(config)
+        assert point.uptrain_stage is not None
+        folders.append(point.obtain(point.uptrain_stage))
+    assert steps == [20, 21, 22, 23, 20, 21, 22, 23]  # two, two more, four at once
+    assert folders[1].name == folders[2].name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        through, at_once = load_file(folders[1] / file), load_file(folders[2] / file)
+        assert through.keys() == at_once.keys()
+        assert all(torch.equal(through[name], at_once[name]) for name in through)
+        assert any(not torch.equal(through[name], load_file(folders[0] / file)[name]) for name in through)
+
+
+def test_point_row_and_sharing_between_tasks(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(num_kv_heads=2, proportion=0.1)
+    plan = Plan([config], store_of(config))
+    assert [name for name, _ in plan.work] == ["convert", "uptrain", "finetune", "evaluate", "time"]
+    row = run_point(config, plan)
+    assert (row.status, row.label, row.num_examples) == ("done", "GQA-2", 6)
+    assert row.score is not None
+    assert row.score_low is not None
+    assert row.score_low <= row.score <= row.score_high  # type: ignore[operator]
+    examples = read_examples(results_folder(config), row.key)
+    assert examples["rouge1"].mean() == pytest.approx(row.score)
+    assert set(row.baselines) == {"lead"}
+
+    other = make_config(num_kv_heads=2, proportion=0.1)
+    other.task.name, other.task.kind, other.task.metric = "debian_cloze", "question answering", "f1"
+    assert [name for name, _ in Plan([config, other], store_of(config)).work] == ["finetune", "evaluate", "time"]
+
+    monkeypatch.setattr(stages, "train", lambda *a, **k: pytest.fail("a stage in the store was computed again"))
+    assert run_point(config, Plan([config], store_of(config))).row() == row.row()
+
+
+def test_closing_times_against_mha_and_joins_rows(make_config: Make) -> None:
+    config = make_config(num_kv_heads=1, proportion=0.0)
+    plan = Plan([config], store_of(config))
+    run_point(config, plan)
+    close([config], plan)
+    (row,) = read_results(results_folder(config))
+    assert row.time["per_sample"] > 0  # type: ignore[operator]
+    assert row.kv_cache_bytes_per_sample_allocated == row.kv_cache_bytes_per_sample == 2 * 2 * 1 * 4 * (8 + 3) * 4
+    (times,) = (results_folder(config) / "times").glob("*.json")
+    record = json.loads(times.read_text())
+    assert set(record["variants"]) == {"MHA", "MQA"}
+    before = times.stat().st_mtime_ns
+    close([config], plan)
+    assert times.stat().st_mtime_ns == before  # not timed again
+
+
+def test_divergence_is_an_outcome_and_is_remembered(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(num_kv_heads=1, proportion=0.1)
+    real = loop.token_loss
+    monkeypatch.setattr(loop, "token_loss", lambda *a, **k: tuple(part * float("nan") for part in real(*a, **k)))
+    row = run_point(config, Plan([config], store_of(config)))
+    assert row.status == "diverged"
+    assert "step" in (row.error or "")
+    monkeypatch.setattr(loop, "token_loss", real)
+    assert run_point(config, Plan([config], store_of(config))).status == "diverged"
+
+
+def test_interrupted_stage_leaves_the_store_whole(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), Stage("convert", "k", {})
+
+    def interrupted(folder: Path) -> dict[str, object]:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.obtain(stage, interrupted)
+    assert not store.holds(stage)
+    assert list((tmp_path / "convert").iterdir()) == []
+    store.obtain(stage, lambda folder: {"ok": 1})
+    store.obtain(stage, lambda folder: pytest.fail("computed twice"))
+    with pytest.raises(Diverged):
+        store.obtain(Stage("uptrain", "d", {}), lambda folder: (_ for _ in ()).throw(Diverged("uptrain", 7)))
+
+
+def test_base_of_another_geometry_or_missing(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    config.model.d_ff = 32
+    with pytest.raises(InputError, match="d_ff=24"):
+        run_point(config, Plan([config], store_of(config)))
+    config.model.base = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no such checkpoint folder"):
+        Plan([config], store_of(config))
+    config.model.base, config.model.name = None, "huge"
+    with pytest.raises(InputError, match="gqa-pretrain"):
+        Pipeline(config, store_of(config))
