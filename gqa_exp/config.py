@@ -233,6 +233,21 @@ def kv_heads_per_layer(num_kv_heads: Any, num_heads: int, num_layers: int) -> tu
     return heads
 
 
+def parse_kv_heads(text: str) -> int | list[int]:
+    """A number of KV heads as a user writes it: "2" is 2, "8,4,2,1" a list.
+
+    Raises:
+        InputError: not whole numbers.
+    """
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f'num_kv_heads="{text}" must be an int, or one int per decoder layer such as 8,4,2,1'
+        ) from None
+    return values[0] if len(values) == 1 else values
+
+
 def variant_label(kv_heads: tuple[int, ...], num_heads: int) -> str:
     """What tables and figures call an architecture: MHA, GQA-G, MQA, or GQA-[...] where layers differ."""
     distinct = set(kv_heads)

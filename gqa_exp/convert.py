@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from gqa_exp.config import METHODS, OPTIMIZER_SLOTS
+from gqa_exp.config import METHODS, OPTIMIZER_SLOTS, parse_kv_heads
 from gqa_exp.errors import InputError, command
 from gqa_exp.model.checkpoint import (
     CONFIG,
@@ -85,21 +85,6 @@ def main() -> None:
         out = Console(width=120)
     out.print(_table(report, arguments.method))
     print(f"written: {arguments.target}")
-
-
-def parse_kv_heads(text: str) -> int | list[int]:
-    """A number of KV heads as a user writes it: "2" is 2, "8,4,2,1" a list.
-
-    Raises:
-        InputError: not whole numbers.
-    """
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f'num_kv_heads="{text}" must be an int, or one int per decoder layer such as 8,4,2,1'
-        ) from None
-    return values[0] if len(values) == 1 else values
 
 
 def convert_checkpoint(

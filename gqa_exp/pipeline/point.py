@@ -1,5 +1,6 @@
 """One point in, one result row out."""
 
+import dataclasses
 import json
 import logging
 import traceback
@@ -62,7 +63,7 @@ def new_result(pipeline: Pipeline) -> Result:
         parameters=geometry.num_parameters(),
         weight_bytes=geometry.num_parameters() * element,
         kv_cache_bytes_per_sample=geometry.kv_cache_bytes(timing.source_length, timing.output_length, element),
-        config_hash=key_of(_plain(config)),
+        config_hash=key_of(dataclasses.asdict(config)),
         environment=environment(),
         started=_now(),
     )
@@ -127,12 +128,6 @@ def _add_outcome(result: Result, pipeline: Pipeline) -> None:
             if name in record["outcome"]:
                 result.training[f"{stage.name}_{name}"] = record["outcome"][name]
         result.dev_score = record["outcome"].get("best_score", result.dev_score)
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(config)
 
 
 def _now() -> str:

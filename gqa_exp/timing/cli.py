@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gqa_exp
-from gqa_exp.config import DTYPES, ModelConfig, TimingConfig, check_ranges, variant_label
+from gqa_exp.config import DTYPES, ModelConfig, TimingConfig, check_ranges, parse_kv_heads, variant_label
 from gqa_exp.errors import InputError, command, suggest
 from gqa_exp.model import T5, T5Config
 from gqa_exp.model.checkpoint import load
@@ -138,19 +138,9 @@ def _geometries(arguments: argparse.Namespace) -> list[T5Config]:
         return []
     model = read_model_config(arguments.model)
     return [
-        T5Config.from_model_config(model, _heads(text)) for text in arguments.num_kv_heads or [str(model.num_heads)]
+        T5Config.from_model_config(model, parse_kv_heads(text))
+        for text in arguments.num_kv_heads or [str(model.num_heads)]
     ]
-
-
-def _heads(text: str) -> int | list[int]:
-    """A value of --num-kv-heads: "2" to 2, "8,4,2,1" to a list."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f'num_kv_heads="{text}" must be an int, or one int per decoder layer such as 8,4,2,1'
-        ) from None
-    return values[0] if len(values) == 1 else values
 
 
 def _random(geometries: Sequence[T5Config], config: TimingConfig) -> dict[str, T5]:

@@ -1,5 +1,6 @@
 """Pre-training of a multi-head base on a corpus, and uptraining, which is the same thing from a later step on."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from gqa_exp.data.corpus import (
     CorpusStream,
     corpus_hash,
     corpus_tokens,
+    corrupted_lengths,
     heldout_batches,
     heldout_tokens,
     read_text_file,
@@ -49,8 +51,6 @@ def corpus_identity(config: CorpusConfig, tokenizer: Tokenizer) -> str:
     """Hash of the text and tokenizer a corpus consists of; its lengths and noise are keyed by the configuration."""
     if not config.files:
         return corpus_hash(tokenizer)
-    import hashlib
-
     digest = hashlib.sha256(tokenizer.content_hash.encode())
     for path in config.files:
         digest.update(hashlib.sha256(read_text_file(path).encode()).digest())
@@ -155,6 +155,4 @@ def pretrain_base(
 
 def recipe_window(config: Config) -> int:
     """Raw tokens that one window takes from the corpus."""
-    from gqa_exp.data.corpus import corrupted_lengths
-
     return corrupted_lengths(config.corpus).window

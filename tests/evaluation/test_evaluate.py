@@ -1,7 +1,5 @@
 """Batching, order, padding and counting of greedy evaluation, against one example at a time."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,15 +12,6 @@ from gqa_exp.evaluation.evaluate import batches_by_length, evaluate_model, pad
 from gqa_exp.model import T5, T5Config, generate
 
 EOS = 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from threads, and waits long for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class NumberTokenizer:
