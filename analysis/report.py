@@ -14,7 +14,7 @@ from analysis.claims import Claim, all_claims, claims_markdown
 from analysis.figures import write_frontier
 from analysis.study import Point, Study, number, read_study
 from analysis.tables import MISSING, console_table, frame, markdown, table_markdown, with_interval
-from gqa_exp.errors import InputError, command, one_line
+from gqa_exp.errors import InputError, Parser, command, one_line
 from gqa_exp.results import write_atomically
 
 CONSOLE_WIDTH = 120
@@ -191,9 +191,7 @@ def environment(study: Study) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="gqa-report", description="Tables, figure, claims and report from result rows."
-    )
+    parser = Parser(prog="gqa-report", description="Tables, figure, claims and report from result rows.")
     parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="folder of KEY.json rows")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RESULTS_DIR/report)")
     parser.add_argument("--sweep", metavar="NAME", help="only rows of this sweep (default: all)")

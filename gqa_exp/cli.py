@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gqa_exp.config import Config, check
 from gqa_exp.errors import InputError, one_line, suggest
+from gqa_exp.host import resolve_number_formats
 
 Plugins.instance()  # loads Hydra's plugins anew: a class taken from their modules before that is no longer theirs
 
@@ -77,8 +78,10 @@ class CheckedSweeper(BasicSweeper):
         self.skip = [dict(pattern) for pattern in skip]
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run all points in turn."""
+        """Run all points in turn. What the command line says of a field replaces what the sweep file lists for it."""
         sweep_points.clear()
+        given = {argument.partition("=")[0] for argument in arguments}
+        self.params = {name: values for name, values in self.params.items() if name not in given}
         return super().sweep(arguments)
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
@@ -114,6 +117,7 @@ def to_config(composed: DictConfig) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     check(config)
+    resolve_number_formats(config)
     return config
 
 

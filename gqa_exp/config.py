@@ -61,9 +61,13 @@ class CorpusConfig:
 
 @dataclass
 class PretrainConfig:
-    """Recipe of the base, which uptraining continues: Adafactor, flat then reciprocal square root, z-loss."""
+    """Recipe of a base: Adafactor, flat then reciprocal square root, z-loss.
 
-    steps: int = bounded(1500, 1)
+    Uptraining continues the base's own recipe, which its training record holds; these fields are for `gqa-pretrain`,
+    and for bases that record none.
+    """
+
+    steps: int = bounded(8000, 1)
     """Length of the base's run; uptraining for proportion p takes round(p * steps) more steps."""
     batch_size: int = bounded(14, 1)
     """Windows per optimizer step."""
@@ -124,8 +128,8 @@ class EvaluationConfig:
     """The first so many examples of the split in its fixed shuffled order."""
     batch_tokens: int = bounded(16384, 1)
     """Input tokens of a generation batch, padding included."""
-    dtype: str = one_of("bfloat16", DTYPES)
-    """Number format of weights, caches and arithmetic while generating."""
+    dtype: str = one_of("auto", (*DTYPES, "auto"))
+    """Number format of weights, caches and arithmetic while generating; auto: bfloat16 where the device computes it."""
 
 
 @dataclass
@@ -136,8 +140,8 @@ class TrainerConfig:
     devices: int = bounded(1, 1)
     num_nodes: int = bounded(1, 1)
     strategy: str = "auto"
-    precision: str = one_of("bf16-mixed", ("32-true", "bf16-mixed"))
-    """bf16-mixed: float32 weights, bfloat16 matrix products."""
+    precision: str = one_of("auto", ("32-true", "bf16-mixed", "auto"))
+    """bf16-mixed: float32 weights, bfloat16 matrix products; auto: that where the device computes bfloat16."""
     compile: bool = True
     """torch.compile the layers; eager where there is no C++ compiler."""
     threads: int | None = None
@@ -158,7 +162,8 @@ class TimingConfig:
     batch_size: int = bounded(64, 1)
     source_length: int = bounded(1024, 1)
     output_length: int = bounded(64, 1)
-    dtype: str = one_of("bfloat16", DTYPES)
+    dtype: str = one_of("auto", (*DTYPES, "auto"))
+    """Number format of weights, caches and arithmetic; auto: bfloat16 where the device computes it, else float32."""
     device: str = one_of("cpu", ("cpu", "cuda"))
     min_rounds: int = bounded(5, 2)
     min_seconds: float = bounded(20.0, 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from gqa_exp.config import METHODS, OPTIMIZER_SLOTS, parse_kv_heads
-from gqa_exp.errors import InputError, command
+from gqa_exp.errors import InputError, Parser, command
 from gqa_exp.model.checkpoint import (
     CONFIG,
     OPTIMIZER,
@@ -39,15 +39,8 @@ CHECKPOINT_FILES = {CONFIG, WEIGHTS, OPTIMIZER, TRAINING, MANIFEST}
 MAX_SEED = 2**31 - 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, ending bad usage in one line as every command here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gqa-convert", description="Convert a checkpoint to fewer KV heads in the decoder.")
+    parser = Parser(prog="gqa-convert", description="Convert a checkpoint to fewer KV heads in the decoder.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
     parser.add_argument("target", type=Path, metavar="TARGET", help="checkpoint folder to write")
     parser.add_argument(

@@ -4,10 +4,12 @@ Every command wraps its `main` in `command`; code below it raises `InputError` w
 where, and what would be right.
 """
 
+import argparse
 import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 
@@ -37,6 +39,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def one_line(text: object) -> str:
     """The text with its line breaks and runs of spaces folded to single spaces."""
     return " ".join(str(text).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, ending bad usage in one line as every command here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for bad usage.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

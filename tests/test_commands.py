@@ -109,3 +109,10 @@ def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) 
     assert (code, ran, len({tuple(point) for point in checked})) == (0, points, points)
     if sweep == "demo":
         assert {tuple(point[:2]) for point in checked} == {(8, 0.02), (2, 0.02), (1, 0.02), (1, 0.0)}
+
+
+def test_the_command_line_replaces_what_a_sweep_file_lists(tmp_path: Path) -> None:
+    words = ["gqa-run", "-m", "+sweeps=demo", "task=en_de", "seed=3,4", f"output={tmp_path}"]
+    ((code, _, ran, checked),) = run_commands(words)
+    assert (code, ran, len(checked)) == (0, 8, 8)
+    assert {tuple(point[2:]) for point in checked} == {("en_de", 3), ("en_de", 4)}

@@ -159,4 +159,5 @@ class RelativePositionBias(nn.Module):
         device = self.weight.device
         # Only T+S-1 distances differ: look those up (a small gradient scatter) and lay them out as a Toeplitz matrix.
         bias_HL = self.of_distances(torch.arange(-(T - 1), S, device=device))
-        return bias_HL.unfold(1, S, 1).flip(1).unsqueeze(0)
+        # Contiguous: all layers read it for all samples, and with the heads innermost that reading is not vectorised.
+        return bias_HL.unfold(1, S, 1).flip(1).contiguous().unsqueeze(0)

@@ -18,13 +18,13 @@ from typing import Any
 import pandas as pd
 from lightning.pytorch.loggers import Logger
 
-from gqa_exp.config import Config, kv_heads_per_layer, variant_label
+from gqa_exp.config import Config, PretrainConfig, kv_heads_per_layer, variant_label
 from gqa_exp.data.tasks import baseline_predictions, task_hash
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import bootstrap_interval, score
 from gqa_exp.model import T5, conversion_report
-from gqa_exp.model.checkpoint import content_hash, load
+from gqa_exp.model.checkpoint import TRAINING, content_hash, load, read_config
 from gqa_exp.pipeline.store import Stage, Store, key_of
 from gqa_exp.training.conversion import convert_state
 from gqa_exp.training.finetune import evaluate_split, finetune, generation_model, read_split
@@ -65,14 +65,14 @@ class Pipeline:
         trackers: Lightning loggers that stages computed here report to.
 
     Raises:
-        InputError: the base checkpoint is missing, broken, or of another geometry than the configured model.
+        InputError: the base checkpoint is missing or has no training record, or `config.pretrain` contradicts it.
     """
 
     def __init__(self, config: Config, store: Store, trackers: Sequence[Logger] = ()) -> None:
-        self.config = config
+        self.base = base_folder(config)
+        self.config = dataclasses.replace(config, pretrain=self._recipe_to_continue(config.pretrain))
         self.store = store
         self.trackers = trackers
-        self.base = base_folder(config)
         model = config.model
         self.kv_heads = kv_heads_per_layer(config.num_kv_heads, model.num_heads, model.num_decoder_layers)
         self.label = variant_label(self.kv_heads, model.num_heads)
@@ -90,12 +90,35 @@ class Pipeline:
         return content_hash(self.base)[:16]
 
     @cached_property
+    def base_record(self) -> dict[str, Any]:
+        """The base's training record: its step, and what `gqa-pretrain` wrote of its recipe."""
+        read_config(self.base)  # says what is wrong with a folder that is no checkpoint
+        path = self.base / TRAINING
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            int(record["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: no training record with a step ({error}); uptraining needs it") from error
+        return record
+
+    @property
     def base_step(self) -> int:
         """Optimizer steps the base was trained for; proportions are shares of it."""
-        try:
-            return int(json.loads((self.base / "training.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{self.base / 'training.json'}: no training record with a step ({error})") from error
+        return int(self.base_record["step"])
+
+    def _recipe_to_continue(self, configured: PretrainConfig) -> PretrainConfig:
+        """The base's own recipe; the configured one where the base records none."""
+        recorded = self.base_record.get("recipe", {}).get("pretrain")
+        if recorded is None:
+            return configured
+        recipe = PretrainConfig(**recorded)
+        for name, value in vars(configured).items():
+            if value not in (getattr(recipe, name), getattr(PretrainConfig(), name)):
+                raise InputError(
+                    f"pretrain.{name}={value}: uptraining continues the recipe of {self.base}, which was trained with "
+                    f"{getattr(recipe, name)}; leave it out, or pre-train another base with it"
+                )
+        return recipe
 
     @cached_property
     def convert_stage(self) -> Stage:

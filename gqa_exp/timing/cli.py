@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from rich.table import Table
 
 import gqa_exp
 from gqa_exp.config import DTYPES, ModelConfig, TimingConfig, check_ranges, parse_kv_heads, variant_label
-from gqa_exp.errors import InputError, command, suggest
+from gqa_exp.errors import InputError, Parser, command, suggest
 from gqa_exp.model import T5, T5Config
 from gqa_exp.model.checkpoint import load
 from gqa_exp.results import write_atomically
@@ -30,16 +30,9 @@ MODELS = Path(gqa_exp.__file__).parent.parent / "conf" / "model"
 QUALITY = "not quality-checked"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, ending bad usage in one line as every command here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
     default = TimingConfig()
-    parser = _Parser(prog="gqa-time", description="Decode time of variants, interleaved in one process.")
+    parser = Parser(prog="gqa-time", description="Decode time of variants, interleaved in one process.")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="a variant; repeatable")
     parser.add_argument("--model", metavar="NAME", help="time random weights of this geometry, a file of conf/model")
     parser.add_argument(

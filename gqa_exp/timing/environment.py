@@ -13,6 +13,7 @@ import psutil
 import torch
 
 import gqa_exp
+from gqa_exp.host import supports_dtype
 from gqa_exp.results import Scalar
 
 PACKAGES = (
@@ -86,23 +87,6 @@ def cpu_model() -> str:
 def gpu_name() -> str | None:
     """Name of the first GPU, None where there is none."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-
-
-def supports_dtype(dtype: str, device: str) -> bool:
-    """Whether the device's matrix library computes in this number format at all (not whether it is fast).
-
-    Args:
-        dtype: "float32", "bfloat16" or "float16".
-        device: "cpu" or "cuda".
-    """
-    if dtype == "float32":
-        return True
-    if device == "cuda":
-        return dtype == "float16" or torch.cuda.is_bf16_supported()
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    name = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
-    return bool(getattr(torch.ops.mkldnn, name)())
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError, suggest
+from gqa_exp.host import resolve_dtype, supports_dtype
 from gqa_exp.model import T5, generate
 from gqa_exp.model.generate import decode_step, start_decoding
 from gqa_exp.results import TIME_FIELDS, Scalar
-from gqa_exp.timing.environment import environment, hardware_id, supports_dtype
+from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
 from gqa_exp.timing.probe import memory_bandwidth, synchronised_clock
 
@@ -420,7 +421,7 @@ def time_variants(
         raise InputError(
             f"variants of different vocabulary sizes {sorted(vocab_sizes)} cannot be timed on the same input"
         )
-    dtype, warnings = config.dtype, []
+    dtype, warnings = resolve_dtype(config.dtype, config.device), []
     if not supports_dtype(dtype, config.device):
         warnings.append(f"{dtype} is not supported on this {config.device}: timed in float32 instead")
         dtype = "float32"

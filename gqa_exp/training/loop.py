@@ -217,6 +217,7 @@ def train(
 
     Raises:
         Diverged: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C; the states kept so far stay.
     """
     if state.step >= recipe.stop:
         return state
@@ -245,7 +246,12 @@ def train(
             use_distributed_sampler=False,
         )
         batches = _StepBatches(recipe.batch, state.step, recipe.stop)
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        try:
+            trainer.fit(module, DataLoader(batches, batch_size=None))
+        except SystemExit:
+            if trainer.interrupted:  # Lightning makes an exit of Ctrl-C; our commands have a line to say about it
+                raise KeyboardInterrupt from None
+            raise
         state = module.capture()
     state.model.eval()
     return state

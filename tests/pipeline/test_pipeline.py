@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gqa_exp.config import Config
+from gqa_exp.config import Config, PretrainConfig
 from gqa_exp.errors import InputError
 from gqa_exp.pipeline import stages
 from gqa_exp.pipeline.closing import close
@@ -45,6 +45,25 @@ def test_proportion_zero_has_no_uptraining(make_config: Make) -> None:
     point = pipeline(make_config(proportion=0.0))
     assert point.uptrain_stage is None
     assert point.pretrained_stage == point.convert_stage
+
+
+def test_uptraining_continues_the_recipe_of_the_base(make_config: Make) -> None:
+    config = make_config(proportion=0.1)
+    config.pretrain = PretrainConfig()
+    path = Path(config.model.base or "") / "training.json"
+    record = json.loads(path.read_text())
+    assert pipeline(config).config.pretrain == PretrainConfig()  # this base records none
+    recipe = PretrainConfig(steps=20, batch_size=3, peak_lr=0.5)
+    path.write_text(json.dumps({**record, "recipe": {"pretrain": vars(recipe)}}))
+    point = pipeline(config)
+    assert point.config.pretrain == recipe
+    assert point.uptrain_stage is not None
+    assert point.uptrain_stage.facts["pretrain"] == vars(recipe)
+    config.pretrain.batch_size = 3  # the base's own value may be said
+    assert pipeline(config).config.pretrain == recipe
+    config.pretrain.batch_size = 5
+    with pytest.raises(InputError, match=r"pretrain.batch_size=5: .* trained with 3"):
+        pipeline(config)
 
 
 def test_larger_proportion_continues_the_smaller_bitwise(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
