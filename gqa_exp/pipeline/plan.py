@@ -70,8 +70,9 @@ class Plan:
 def _work(kind: str, config: Config, pipeline: Pipeline) -> float:
     """Units of work of a stage: tokens of training, examples of evaluation, 1 for a conversion."""
     if kind == "uptrain":
-        tokens = config.corpus.input_length + config.corpus.target_length
-        return float((pipeline.uptrain_stop - pipeline.base_step) * pipeline.config.pretrain.batch_size * tokens)
+        recipe = pipeline.config  # the base's, not the given one
+        tokens = recipe.corpus.input_length + recipe.corpus.target_length
+        return float((pipeline.uptrain_stop - pipeline.base_step) * recipe.pretrain.batch_size * tokens)
     if kind == "finetune":
         return float(config.finetune.steps * config.finetune.batch_tokens)
     return float(config.evaluation.max_examples) if kind == "evaluate" else 1.0

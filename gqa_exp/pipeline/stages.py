@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = EVALUATE_VERSION = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
+RECIPE_FIELDS = {
+    "pretrain": tuple(spec.name for spec in dataclasses.fields(PretrainConfig)),
+    "corpus": ("input_length", "target_length", "noise_density", "mean_span"),
+}
+"""What uptraining takes from the base's training record: it is the same training, continued."""
 
 
 def base_folder(config: Config) -> Path:
@@ -70,7 +75,7 @@ class Pipeline:
 
     def __init__(self, config: Config, store: Store, trackers: Sequence[Logger] = ()) -> None:
         self.base = base_folder(config)
-        self.config = dataclasses.replace(config, pretrain=self._recipe_to_continue(config.pretrain))
+        self.config = self._with_recipe_of_the_base(config)
         self.store = store
         self.trackers = trackers
         model = config.model
@@ -106,19 +111,21 @@ class Pipeline:
         """Optimizer steps the base was trained for; proportions are shares of it."""
         return int(self.base_record["step"])
 
-    def _recipe_to_continue(self, configured: PretrainConfig) -> PretrainConfig:
-        """The base's own recipe; the configured one where the base records none."""
-        recorded = self.base_record.get("recipe", {}).get("pretrain")
-        if recorded is None:
-            return configured
-        recipe = PretrainConfig(**recorded)
-        for name, value in vars(configured).items():
-            if value not in (getattr(recipe, name), getattr(PretrainConfig(), name)):
-                raise InputError(
-                    f"pretrain.{name}={value}: uptraining continues the recipe of {self.base}, which was trained with "
-                    f"{getattr(recipe, name)}; leave it out, or pre-train another base with it"
-                )
-        return recipe
+    def _with_recipe_of_the_base(self, config: Config) -> Config:
+        """The configuration with the base's own recipe and corruption, as far as its training record holds them."""
+        replaced = {}
+        for group, fields in RECIPE_FIELDS.items():
+            configured, default = getattr(config, group), getattr(Config(), group)
+            recorded = self.base_record.get("recipe", {}).get(group, {})
+            known = {name: recorded[name] for name in fields if name in recorded}
+            for name, value in known.items():
+                if getattr(configured, name) not in (value, getattr(default, name)):
+                    raise InputError(
+                        f"{group}.{name}={getattr(configured, name)}: uptraining continues the recipe of {self.base}, "
+                        f"which was trained with {value}; leave it out, or pre-train another base with it"
+                    )
+            replaced[group] = dataclasses.replace(configured, **known)
+        return dataclasses.replace(config, **replaced)
 
     @cached_property
     def convert_stage(self) -> Stage:

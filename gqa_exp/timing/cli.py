@@ -21,6 +21,7 @@ from rich.table import Table
 import gqa_exp
 from gqa_exp.config import DTYPES, ModelConfig, TimingConfig, check_ranges, parse_kv_heads, variant_label
 from gqa_exp.errors import InputError, Parser, command, suggest
+from gqa_exp.host import prepare
 from gqa_exp.model import T5, T5Config
 from gqa_exp.model.checkpoint import load
 from gqa_exp.results import write_atomically
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-seconds", type=float, default=default.max_seconds)
     parser.add_argument("--warmup-rounds", type=int, default=default.warmup_rounds)
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all physical cores)")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder; the report goes to times/KEY.json")
     return parser
 
@@ -64,10 +65,9 @@ def main() -> None:
     settings = {spec.name for spec in dataclasses.fields(TimingConfig)}
     config = TimingConfig(**{name: value for name, value in vars(arguments).items() if name in settings})
     check_ranges(config, "timing.")
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InputError(f"threads={arguments.threads} is out of range; it must be 1 or more")
-        torch.set_num_threads(arguments.threads)
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError(f"threads={arguments.threads} is out of range; it must be 1 or more")
+    prepare(arguments.threads)  # as gqa-run does: the same machine gives the same times under both
     geometries = _geometries(arguments)  # everything cheap is checked before models are built and times taken
     folder = _writable(arguments.output / "times")
     trained, untrained = _loaded(arguments.checkpoint), _random(geometries, config)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gqa_exp.config import Config, PretrainConfig
+from gqa_exp.config import Config, CorpusConfig, PretrainConfig
 from gqa_exp.errors import InputError
 from gqa_exp.pipeline import stages
 from gqa_exp.pipeline.closing import close
@@ -54,11 +54,18 @@ def test_uptraining_continues_the_recipe_of_the_base(make_config: Make) -> None:
     record = json.loads(path.read_text())
     assert pipeline(config).config.pretrain == PretrainConfig()  # this base records none
     recipe = PretrainConfig(steps=20, batch_size=3, peak_lr=0.5)
-    path.write_text(json.dumps({**record, "recipe": {"pretrain": vars(recipe)}}))
+    lengths = {"input_length": 44, "target_length": 10, "noise_density": 0.15, "mean_span": 3.0}
+    corpus = {"name": "other", "files": ["elsewhere.txt"], **lengths}
+    path.write_text(json.dumps({**record, "recipe": {"pretrain": vars(recipe), "corpus": corpus}}))
+    with pytest.raises(InputError, match=r"corpus.input_length=28: .* trained with 44"):
+        pipeline(config)
+    files, config.corpus = config.corpus.files, CorpusConfig(files=config.corpus.files)
     point = pipeline(config)
     assert point.config.pretrain == recipe
     assert point.uptrain_stage is not None
     assert point.uptrain_stage.facts["pretrain"] == vars(recipe)
+    assert point.uptrain_stage.facts["corruption"] == lengths
+    assert point.config.corpus.files == files  # the text may be another
     config.pretrain.batch_size = 3  # the base's own value may be said
     assert pipeline(config).config.pretrain == recipe
     config.pretrain.batch_size = 5
