@@ -32,7 +32,7 @@ def run(config: Config) -> None:
         InputError: bad input.
     """
     prepare(config.trainer.threads)
-    for name in ("httpx", "datasets", "fontTools", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+    for name in ("httpx", "datasets", "fontTools", "absl", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     points = list(sweep_points) if in_sweep and sweep_points else [config]
