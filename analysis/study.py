@@ -276,6 +276,8 @@ class Study:
         with np.errstate(divide="ignore", invalid="ignore"):
             shares = gap_closure(*(entry.draws for entry in draws))
             value = gap_closure(*(np.float64(entry.value) for entry in draws))
+        if not np.isfinite(shares).all():  # few examples: a resample without a gap has no share, so no interval either
+            return gap, Estimate(float(value))
         return gap, Draws(float(value), shares).estimate()
 
     def baselines(self, task: Task) -> dict[str, float]:

@@ -19,7 +19,7 @@ from analysis.stats import Estimate
 from analysis.study import Study, read_study
 from analysis.tables import console_table, frame, table_markdown
 from gqa_exp.errors import InputError
-from gqa_exp.results import write_examples
+from gqa_exp.results import read_examples, write_examples
 
 BASE = {"debian_synopsis": 34.0, "en_de": 40.0, "debian_cloze": 30.0}
 LOSS = {8: 0.0, 2: 1.0, 1: 4.0}
@@ -184,6 +184,18 @@ def test_gap_closure_needs_a_gap(rows) -> None:
     none = claim(read_study(rows.folder), "GQA-2 (0.02) closes")
     assert none.verdict == "cannot tell"
     assert "no share" in none.evidence
+
+
+def test_gap_closure_without_an_interval(rows) -> None:
+    # Few right answers: the gap is distinguishable, yet about every 150th resample holds none of them and has no gap.
+    for kv_heads, right in ((8, 5), (2, 2), (1, 0)):
+        key = rows.add(kv_heads, 0.02, 30.0).key
+        examples = read_examples(rows.folder, key)
+        examples["rouge1"] = [100.0 if index < right else 0.0 for index in range(len(examples))]
+        write_examples(rows.folder, key, examples)
+    found = claim(read_study(rows.folder), "GQA-2 (0.02) closes")
+    assert found.verdict == "cannot tell"
+    assert found.evidence.endswith("; 40 % of it closed")
 
 
 def test_gap_not_closed_is_not_supported(rows) -> None:
