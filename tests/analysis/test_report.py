@@ -189,7 +189,7 @@ def test_gap_closure_needs_a_gap(rows) -> None:
 def test_gap_closure_without_an_interval(rows) -> None:
     # Few right answers: the gap is distinguishable, yet about every 150th resample holds none of them and has no gap.
     for kv_heads, right in ((8, 5), (2, 2), (1, 0)):
-        key = rows.add(kv_heads, 0.02, 30.0).key
+        key = rows.add(kv_heads, 0.02, 30.0, score=100 * right / rows.count).key
         examples = read_examples(rows.folder, key)
         examples["rouge1"] = [100.0 if index < right else 0.0 for index in range(len(examples))]
         write_examples(rows.folder, key, examples)
