@@ -80,7 +80,7 @@ class CheckedSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run all points in turn. What the command line says of a field replaces what the sweep file lists for it."""
         sweep_points.clear()
-        given = {argument.partition("=")[0] for argument in arguments}
+        given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
         self.params = {name: values for name, values in self.params.items() if name not in given}
         return super().sweep(arguments)
 

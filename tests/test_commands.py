@@ -112,7 +112,7 @@ def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) 
 
 
 def test_the_command_line_replaces_what_a_sweep_file_lists(tmp_path: Path) -> None:
-    words = ["gqa-run", "-m", "+sweeps=demo", "task=en_de", "seed=3,4", f"output={tmp_path}"]
+    words = ["gqa-run", "-m", "+sweeps=demo", "task=en_de", "++seed=3,4", f"output={tmp_path}"]
     ((code, _, ran, checked),) = run_commands(words)
     assert (code, ran, len(checked)) == (0, 8, 8)
     assert {tuple(point[2:]) for point in checked} == {("en_de", 3), ("en_de", 4)}
