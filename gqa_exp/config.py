@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 TASK_KINDS = ("summarization", "translation", "question answering")
 METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
 OPTIMIZER_SLOTS = ("pool", "reset")
+INITIALIZATIONS = ("reading", "t5")
 
 
 def bounded(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -76,6 +77,9 @@ class PretrainConfig:
     """The rate stays at its peak for this share of the base's steps, then falls as 1/sqrt(step). T5: 0.01; the shipped
     base: 0.01 of 9,000 planned steps, which ended at 6,000."""
     z_loss: float = bounded(1e-4, 0.0, 1.0)
+    init: str = one_of("reading", INITIALIZATIONS)
+    """Where training starts: "t5" draws all weights as T5 does; "reading" does so too, then lets attention start where
+    it has to arrive, which a small base on little text does not (gqa_exp/training/initialize.py)."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ Ids = npt.NDArray[np.integer[Any]]
 Mask = npt.NDArray[np.bool_]
 Batch = dict[str, torch.Tensor]
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 """Raise when the same files would give other tokens."""
 TOKENIZE_CHUNK = 4096  # documents between two updates of the progress bar
 

@@ -24,10 +24,11 @@ from gqa_exp.errors import InputError, suggest
 
 Split = Literal["train", "dev", "test"]
 
-TASKS_VERSION = 1
+TASKS_VERSION = 2
 """Raise when the same files and configuration would give other examples."""
 
-BLANK = "____"
+BLANK = "<extra_id_0>"
+"""A blank asked for as pre-training asks for a span: by its sentinel, in question and target."""
 CONTEXT = " context: "
 JOINT = " . "
 """Between the sentences of a summary: what T5's rougeLsum takes for a line break."""
@@ -69,7 +70,7 @@ class Example(NamedTuple):
     """Prompt included."""
     target: str
     references: list[str]
-    """What counts as right; the target is among them."""
+    """What counts as right; the target without its sentinels is among them."""
 
 
 def load_task(config: TaskConfig, split: Split) -> datasets.Dataset:
@@ -284,7 +285,7 @@ def _debian_cloze(config: TaskConfig, split: Split) -> Iterator[Example]:
             question, answer = blanked
             context = _blocks([passage.name for passage in passages], bodies)
             text = f"{config.prompt}{package.name}: {question}{CONTEXT}{context}"
-            yield Example(package.name, package.source, text, answer, [answer])
+            yield Example(package.name, package.source, text, f"{BLANK} {answer}", [answer])
 
 
 class Task(NamedTuple):
@@ -324,6 +325,7 @@ def _frequent(text: str) -> str:
 def _overlap(text: str) -> str:
     question, _, context = text.partition(CONTEXT)
     before, _, after = question.partition(BLANK)
+    question, after = (part.replace(BLANK, " ") for part in (question, after))
     around = {word.casefold() for word in WORD.findall(before)[-NEIGHBOURS:] + WORD.findall(after)[:NEIGHBOURS]}
     asked = {word.casefold() for word in WORD.findall(question)}
     words = [word.casefold() for word in WORD.findall(context)]

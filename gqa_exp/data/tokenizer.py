@@ -5,6 +5,7 @@ T5's ids for padding, end of sequence and unknown can be used, T5's own included
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_SENTINELS = 100
 """As T5 has them (its paper, section 3.1.4; `extra_ids` in google/seqio, seqio/vocabularies.py)."""
+SENTINEL = re.compile(r"\s*<extra_id_(\d+)>\s*")
+"""How a text names a sentinel, in the words of T5's tokenizer in transformers; white space around it means nothing."""
 
 
 class Tokenizer:
@@ -71,7 +74,7 @@ class Tokenizer:
         """Ids of a text.
 
         Args:
-            text: any text; the model normalises it, so line breaks become spaces.
+            text: any text; the model normalises it, so line breaks become spaces, and `<extra_id_0>` is a sentinel.
             max_tokens: cut to so many ids, the end-of-sequence id included.
             add_eos: end with the end-of-sequence id.
         """
@@ -80,10 +83,26 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], max_tokens: int | None = None, add_eos: bool = True, threads: int = 2
     ) -> list[list[int]]:
-        """Ids of many texts; see `encode`."""
+        """Ids of many texts; see `encode`.
+
+        Raises:
+            InputError: a text names a sentinel that does not exist.
+        """
         eos = [EOS_ID] if add_eos else []
         room = None if max_tokens is None else max_tokens - len(eos)
-        return [ids[:room] + eos for ids in self._pieces.encode(list(texts), num_threads=threads)]
+        # What stands between sentinels, and their numbers, in turn.
+        split = [SENTINEL.split(text) for text in texts]
+        between = [part for parts in split for part in parts[::2]]
+        pieces = iter(self._pieces.encode(between, num_threads=threads))
+        encoded = []
+        for parts in split:
+            ids = list(next(pieces))
+            for number in map(int, parts[1::2]):
+                if number >= self.num_sentinels:
+                    raise InputError(f"<extra_id_{number}> in a text: the tokenizer has {self.num_sentinels} sentinels")
+                ids += [self.sentinel(number), *next(pieces)]
+            encoded.append(ids[:room] + eos)
+        return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids up to the first end-of-sequence id; padding and what is no piece (sentinels) is left out."""

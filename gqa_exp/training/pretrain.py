@@ -26,6 +26,7 @@ from gqa_exp.data.corpus import (
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.model import T5, T5Config
+from gqa_exp.training.initialize import start_reading
 from gqa_exp.training.loop import Batch, Recipe, heldout_loss, step_seed, train
 from gqa_exp.training.schedule import learning_rate
 from gqa_exp.training.state import TrainingState
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 HELDOUT_WINDOWS = 16
 """Windows per source for the held-out loss: enough to compare, little enough to take seconds."""
+HELDOUT_EVERY = 500
+"""Steps between two looks at the held-out loss."""
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
@@ -90,6 +93,18 @@ def measure_heldout(model: T5, sets: dict[str, list[Batch]], config: Config) -> 
     return {source: round(loss, 4) for source, loss in losses.items()}
 
 
+def exchange_inputs(sets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
+    """The same batches, but each target with the input of its neighbour.
+
+    A model that reads its input loses by this; one that has only learned what targets look like does not. Early bases
+    do not read, and such a base cannot tell one conversion of its cross-attention from another.
+    """
+    return {
+        source: [{**batch, "input_ids": batch["input_ids"].roll(1, dims=0)} for batch in batches]
+        for source, batches in sets.items()
+    }
+
+
 def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], tokenizer: Tokenizer) -> float:
     """Held-out loss of a model that knows only how frequent each target token is."""
     stream = CorpusStream(tokens, config.corpus, tokenizer, seed=0)
@@ -128,15 +143,28 @@ def pretrain_base(
     else:
         torch.manual_seed(step_seed(config.seed, "initialize", 0))
         state = TrainingState(T5(geometry))
+        if config.pretrain.init == "reading":
+            start_reading(state.model)
+    sets = {} if config.corpus.files else heldout_sets(config, tokenizer, work / "cache")
+
+    def look_at_heldout(now: TrainingState) -> bool:
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a handful of batches
+            loss = measure_heldout(now.model, sets, config)
+            exchanged = measure_heldout(now.model, exchange_inputs(sets), config)
+        now.record.update(heldout_loss=loss, heldout_exchanged_loss=exchanged)
+        now.record.setdefault("heldout_curve", []).append([now.step, loss["all"], exchanged["all"]])
+        logger.info("held-out loss %.4f, with inputs exchanged %.4f", loss["all"], exchanged["all"])
+        return False
+
     recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps)
+    if sets:
+        recipe = replace(recipe, evaluate_every=HELDOUT_EVERY, evaluate=look_at_heldout)
     state = train(state, recipe, config.trainer, label="pretrain", resume_folder=resume, trackers=trackers)
     state.save(resume)
     record = state.record
-    if not config.corpus.files:
-        sets = heldout_sets(config, tokenizer, work / "cache")
-        record["heldout_loss"] = measure_heldout(state.model, sets, config)
+    if sets:
         record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)
-        logger.info("held-out loss %.4f (unigram %.4f)", record["heldout_loss"]["all"], record["heldout_unigram_loss"])
+        logger.info("held-out loss of a unigram model %.4f", record["heldout_unigram_loss"])
     record["tokens_per_second"] = round(record["tokens"] / record["seconds"], 1)
     record["epochs"] = round(
         state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3

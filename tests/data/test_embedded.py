@@ -93,9 +93,38 @@ def test_no_evaluated_text_in_the_corpus(
 
 def test_heldout_documents_are_not_test_texts(packages: pd.DataFrame, segments: pd.DataFrame) -> None:
     heldout = embedded.corpus_documents("heldout")
-    assert {"debian-en", "debian-de", "help-en", "help-de", "wordnet"} <= set(heldout["source"])
+    assert {"debian", "help", "wordnet"} <= set(heldout["source"])
     lines = {folded(line)[:PREFIX] for text in heldout["text"] for line in text.split("\n")}
     assert not lines & evaluated(packages, segments, "test")
+
+
+def test_translations_stand_behind_what_they_translate(packages: pd.DataFrame, segments: pd.DataFrame) -> None:
+    documents = embedded.corpus_documents("train").to_pandas()
+    package = packages[packages.name == "9menu"].iloc[0]
+    text = next(text for text in documents.text if text.startswith("9menu: "))
+    pairs = zip(package.body.split("\n"), package.body_de.split("\n"), strict=True)
+    assert text.split("\n") == [
+        f"9menu: {package.synopsis}",
+        package.synopsis_de,
+        *(line for pair in pairs for line in pair),
+    ]
+    page = segments[segments.split == "train"].iloc[0].page
+    rows = segments[segments.page == page]
+    text = next(text for text in documents[documents.source == "help"].text if text.startswith(rows.iloc[0].en))
+    assert text.split("\n") == [line for en, de in zip(rows.en, rows.de, strict=True) for line in (en, de)]
+
+
+def test_packages_of_a_source_make_one_document(packages: pd.DataFrame) -> None:
+    documents = embedded.corpus_documents("train").to_pandas()
+    train = packages[packages.split == "train"]
+    texts = list(documents[documents.source == "debian"].text)
+    assert len(texts) == train.source.nunique()
+    source = train.source.value_counts().index[50]
+    names = sorted(train[train.source == source].name)
+    [text] = [text for text in texts if text.startswith(f"{names[0]}: ")]
+    places = [f"\n{text}".index(f"\n{name}: ") for name in names]
+    assert len(names) > 5
+    assert places == sorted(places)
 
 
 def test_text_is_clean(packages: pd.DataFrame, train_documents: list[str]) -> None:

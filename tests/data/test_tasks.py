@@ -240,13 +240,15 @@ def test_copy_is_the_source():
 def test_the_answer_stands_in_the_context_and_not_in_the_question(passages, by_name, load):
     for row in load("debian_cloze", "dev", passages):
         question, _, context = row["input"].partition(" context: ")
-        answer = row["target"].casefold()
+        [reference] = row["references"]
+        answer = reference.casefold()
+        assert row["target"] == f"<extra_id_0> {reference}"
         assert answer in words_of(context)
         assert answer not in question.removeprefix("question: ").casefold()
         name, _, blanked = question.removeprefix("question: ").partition(": ")
         assert name == row["id"]
-        assert "____" in blanked
-        assert blanked.replace("____", row["target"]).casefold() == by_name[name]["synopsis"].casefold()
+        assert "<extra_id_0>" in blanked
+        assert blanked.replace("<extra_id_0>", reference).casefold() == by_name[name]["synopsis"].casefold()
         assert sum(map(str.isalpha, answer)) >= 4
 
 
@@ -259,7 +261,7 @@ def test_passages_are_packages_of_the_split_the_right_one_anywhere(by_name, load
         assert {by_name[name]["split"] for name in names} == {"dev"}
         places.append(names.index(row["id"]))
         right = blocks[places[-1]][2]
-        assert row["target"].casefold() in words_of(right)
+        assert row["references"][0].casefold() in words_of(right)
         assert len(row["input"].split()) <= most_tokens / 2
     assert set(places) == {0, 1, 2, 3}
     distractors = {n for row in load("debian_cloze", "dev", 4) for n in re.findall(r"\n(\S+): ", row["input"])}
@@ -273,8 +275,8 @@ def test_more_passages_than_packages_are_refused():
 
 def test_nothing_is_blanked_that_would_still_be_seen():
     blank = tasks._blank
-    assert blank("tool", "editor of Sounds", "it edits sounds, sounds") == ("editor of ____", "Sounds")
-    assert blank("tool", "sounds of sounds", "it edits sounds") == ("____ of ____", "sounds")
+    assert blank("tool", "editor of Sounds", "it edits sounds, sounds") == ("editor of <extra_id_0>", "Sounds")
+    assert blank("tool", "sounds of sounds", "it edits sounds") == ("<extra_id_0> of <extra_id_0>", "sounds")
     assert blank("gimp-sounds", "editor of sounds", "it edits sounds") is None  # the name tells
     assert blank("tool", "plays soundscapes of sound", "plain sound") is None  # another word tells
     assert blank("tool", "this with sounds", "this with noises") is None  # only stop words stand in the body
@@ -283,9 +285,9 @@ def test_nothing_is_blanked_that_would_still_be_seen():
 
 def test_cloze_baselines_on_a_context_read_by_hand():
     text = (
-        "question: frob: fast ____ for colour images context: frob: Frob turns slides into a viewer. The viewer is "
+        "question: frob: fast <extra_id_0> for colour images context: frob: Frob turns slides into a viewer. The viewer is "
         "good, the viewer is fast. It is a fast converter for colour images.\nother: plain text"
     )
-    data = datasets.Dataset.from_dict({"input": [text, "question: a: ____ context: "]})
+    data = datasets.Dataset.from_dict({"input": [text, "question: a: <extra_id_0> context: "]})
     predictions = baseline_predictions(config("debian_cloze"), data)
     assert predictions == {"frequent": ["viewer", ""], "overlap": ["converter", ""]}

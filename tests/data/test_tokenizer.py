@@ -73,6 +73,22 @@ def test_decode_skips_padding_and_sentinels_and_stops_at_end_of_sequence(data, t
     assert tokenizer.decode([*ids, tokenizer.eos_id, *rest]) == text
 
 
+@given(numbers=st.lists(st.integers(0, 99), max_size=4), data=st.data())
+def test_a_sentinel_named_in_a_text_is_its_id_between_the_librarys(numbers, data, tokenizer, library):
+    parts = [data.draw(st.sampled_from(["", *TEXTS])) for _ in range(len(numbers) + 1)]
+    text, expected = parts[0], library.encode(parts[0])
+    for number, part in zip(numbers, parts[1:], strict=True):
+        text += f" <extra_id_{number}> {part}"
+        expected += [tokenizer.sentinel(number), *library.encode(part)]
+    assert tokenizer.encode(text, add_eos=False) == expected
+    assert tokenizer.encode_batch([*TEXTS, text])[-1] == [*expected, 1]
+
+
+def test_a_sentinel_that_does_not_exist_is_refused(tokenizer):
+    with pytest.raises(InputError, match="<extra_id_100> in a text: the tokenizer has 100 sentinels"):
+        tokenizer.encode("what <extra_id_100> is")
+
+
 def test_sentinels_count_down_from_the_top(tokenizer, library):
     sentinels = [tokenizer.sentinel(i) for i in range(100)]
     assert sentinels == list(range(library.get_piece_size() + 99, library.get_piece_size() - 1, -1))

@@ -37,6 +37,11 @@ def help_segments() -> datasets.Dataset:
 def corpus_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
     """The documents of the pre-training corpus.
 
+    What belongs together stands together: the packages of one source make one document, and where the German text has
+    the paragraphs of the English, each stands behind the one it translates. A span that was taken out of such a
+    document can often be found in the rest, which is what teaches a small model to read its input (compare the
+    translation language modelling of Conneau & Lample 2019, section 3.3).
+
     Args:
         split: "train" (the train split of packages and help, and the other documents' train part) or "heldout" (their
             dev split, and the other documents' held-out part). The test split is in neither.
@@ -46,19 +51,28 @@ def corpus_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
     """
     table_split = "train" if split == "train" else "dev"
     described = _read("packages").loc[lambda f: f["split"] == table_split]
-    translated = described.dropna(subset="body_de")
-    pages = _read("help").loc[lambda f: f["split"] == table_split].groupby("page", sort=False)
+    described = described.assign(text=[_description(*row) for row in described[DESCRIPTION].fillna("").itertuples(index=False)])
+    pages = _read("help").loc[lambda f: f["split"] == table_split]
+    pages = pages.assign(text=pages["en"] + "\n" + pages["de"])
     other = _read("corpus").loc[lambda f: f["split"] == split]
-    english = described["name"] + ": " + described["synopsis"] + "\n" + described["body"]
-    german = translated["name"] + ": " + translated["synopsis_de"] + "\n" + translated["body_de"]
     parts = {
-        "debian-en": english,
-        "debian-de": german,
-        "help-en": pages["en"].agg("\n".join),
-        "help-de": pages["de"].agg("\n".join),
+        "debian": described.sort_values("name").groupby("source")["text"].agg("\n".join),
+        "help": pages.groupby("page", sort=False)["text"].agg("\n".join),
     }
     frames = [pd.DataFrame({"text": texts.array, "source": source}) for source, texts in parts.items()]
     return _dataset(pd.concat([*frames, other[["text", "source"]]], ignore_index=True))
+
+
+DESCRIPTION = ["name", "synopsis", "body", "synopsis_de", "body_de"]
+
+
+def _description(name: str, synopsis: str, body: str, synopsis_de: str, body_de: str) -> str:
+    """A package's description, and the German one (if any) behind it: paragraph by paragraph where there are as many."""
+    english = [f"{name}: {synopsis}", *body.split("\n")]
+    german = [synopsis_de, *body_de.split("\n")] if body_de else []
+    if len(english) == len(german):
+        return "\n".join(line for pair in zip(english, german, strict=True) for line in pair)
+    return "\n".join([*english, *german])
 
 
 def _read(table: str) -> pd.DataFrame:
