@@ -1,0 +1,93 @@
+"""Pre-training of a base: what it starts from, and what its record says of reading."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gqa_exp.config import Config
+from gqa_exp.data.corpus import heldout_batches
+from gqa_exp.data.tokenizer import default_tokenizer
+from gqa_exp.model import T5
+from gqa_exp.model.checkpoint import load
+from gqa_exp.training import pretrain
+
+SETTINGS = {
+    "model": {"d_model": 32, "d_ff": 16, "num_heads": 2, "head_dim": 16, "vocab_size": 8192},
+    "corpus": {"input_length": 32, "target_length": 8},
+    "pretrain": {"steps": 6, "batch_size": 4},
+    "trainer": {"precision": "32-true", "compile": False, "threads": 1},
+}
+
+
+@pytest.fixture
+def config() -> Config:
+    """A tiny base on a tiny corpus."""
+    config = Config()
+    for group, fields in SETTINGS.items():
+        for name, value in fields.items():
+            setattr(getattr(config, group), name, value)
+    config.model.num_encoder_layers = config.model.num_decoder_layers = 1
+    return config
+
+
+@pytest.fixture
+def heldout(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Random text in place of the embedded one: two sources held out, one shorter than a window."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(pretrain, "read_corpus", lambda *_: rng.integers(2, 8000, 2000))
+    tokens = {"one": rng.integers(2, 8000, 400), "two": rng.integers(2, 8000, 300), "short": rng.integers(2, 8000, 9)}
+    monkeypatch.setattr(pretrain, "heldout_tokens", lambda *_: tokens)
+    monkeypatch.setattr(pretrain, "HELDOUT_EVERY", 4)
+    return tokens
+
+
+def nll(model: T5, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean cross-entropy, sample by sample."""
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(model(x[None], model.shift_right(y[None]))[0], y)
+            for x, y in zip(inputs, labels, strict=True)
+        ]
+    return float(torch.stack(losses).mean())
+
+
+def test_the_record_tells_the_heldout_loss_and_what_other_inputs_make_of_it(config, heldout, tmp_path: Path) -> None:
+    state = pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "work", tmp_path / "base")
+    record = json.loads((tmp_path / "base" / "training.json").read_text())
+    assert set(record["heldout_loss"]) == {"one", "two", "all"}
+    [batch] = heldout_batches(heldout["one"], config.corpus, default_tokenizer(), 16)
+    inputs, labels = batch["input_ids"], batch["labels"]
+    assert len(inputs) > 5
+    assert record["heldout_loss"]["one"] == pytest.approx(nll(state.model, inputs, labels), abs=2e-4)
+    others = torch.stack([inputs[i - 1] for i in range(len(inputs))])
+    assert record["heldout_exchanged_loss"]["one"] == pytest.approx(nll(state.model, others, labels), abs=2e-4)
+    assert [row[0] for row in record["heldout_curve"]] == [4, 6]
+    assert record["heldout_curve"][-1][1:] == [record["heldout_loss"]["all"], record["heldout_exchanged_loss"]["all"]]
+
+
+@pytest.mark.parametrize("init", ["t5", "reading"])
+def test_looking_at_the_heldout_loss_changes_nothing(config, heldout, init, tmp_path: Path, monkeypatch) -> None:
+    config.pretrain.init = init
+    states = []
+    for every in (1, 100):
+        monkeypatch.setattr(pretrain, "read_corpus", lambda *_: np.arange(2000) % 700 + 2)
+        monkeypatch.setattr(pretrain, "HELDOUT_EVERY", every)
+        folder = tmp_path / str(every)
+        states.append(pretrain.pretrain_base(config, default_tokenizer(), folder / "work", folder / "base"))
+    for mine, other in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_keys_are_the_queries_only_where_the_configuration_says_so(config, heldout, tmp_path: Path) -> None:
+    config.pretrain.peak_lr = 1e-8  # stays where it started
+    for init in ("t5", "reading"):
+        config.pretrain.init = init
+        pretrain.pretrain_base(config, default_tokenizer(), tmp_path / init / "work", tmp_path / init / "base")
+        attention = load(tmp_path / init / "base").decoder.layers[0].cross_attention
+        q, k = (weight.detach().flatten() for weight in (attention.q.weight, attention.k.weight))
+        cosine = float(F.cosine_similarity(q, k, dim=0))
+        assert cosine == pytest.approx(1.0 if init == "reading" else 0.0, abs=0.1)
