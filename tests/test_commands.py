@@ -108,7 +108,7 @@ def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) 
     ((code, _, ran, checked),) = run_commands(["gqa-run", "-m", f"+sweeps={sweep}", f"output={tmp_path}"])
     assert (code, ran, len({tuple(point) for point in checked})) == (0, points, points)
     if sweep == "demo":
-        assert {tuple(point[:2]) for point in checked} == {(8, 0.02), (2, 0.02), (1, 0.02), (1, 0.0)}
+        assert {tuple(point[:2]) for point in checked} == {(8, 0.01), (2, 0.01), (1, 0.01), (1, 0.0)}
 
 
 def test_the_command_line_replaces_what_a_sweep_file_lists(tmp_path: Path) -> None:

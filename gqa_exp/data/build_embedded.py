@@ -640,7 +640,8 @@ touches the beginning of a dev or test text was dropped.
 ## Corpus
 
 What `corpus_documents("train")` and `("heldout")` return, by source. Tokens are the tokenizer's, one end-of-sequence
-mark per document included.
+mark per document included. A document of `debian` is a source package with the descriptions of its packages, one of
+`help` is a page; in both, a paragraph's translation stands behind it.
 
 {corpus}
 
@@ -649,7 +650,7 @@ the corpus's train part. The 100 sentinels sit on top: `<extra_id_0>` is {last},
 
 ## Origin and licences
 
-Package descriptions (`packages.parquet`; `debian-en`, `debian-de`) are from bookworm's Packages, Translation-en and
+Package descriptions (`packages.parquet`; `debian` in the corpus) are from bookworm's Packages, Translation-en and
 Translation-de lists, main section. They are free by Debian's guidelines (DFSG): each stands under the licence of the
 package that it describes (its `debian/copyright`); the translations are the Debian Description Translation Project's,
 under the same terms. The other parts:
@@ -697,7 +698,7 @@ def write_readme(versions: dict[str, str], table: pd.DataFrame, segments: pd.Dat
         sizes.append(by_source.rename(columns={"size": f"{split} documents", "sum": f"{split} tokens"}))
     corpus = pd.concat(sizes, axis=1).fillna(0).astype(int).reset_index(names="source")
     listing = {(part.package, part.name, part.licence) for part in PARTS}
-    listing |= {(package, f"help-{folder[:2]}", "MPL-2.0") for package, folder in HELP}
+    listing |= {(package, "help", "MPL-2.0") for package, _ in HELP}
     text = README.format(
         date=datetime.date.today().isoformat(),
         files="\n".join(files),

@@ -28,7 +28,8 @@ TASKS_VERSION = 2
 """Raise when the same files and configuration would give other examples."""
 
 BLANK = "<extra_id_0>"
-"""A blank asked for as pre-training asks for a span: by its sentinel, in question and target."""
+"""Where the output belongs in a task's input: asked for as pre-training asks for a span, by its sentinel, which then
+begins the target. So a base brings to the task what it has learned, which a few hundred steps could not teach it."""
 CONTEXT = " context: "
 JOINT = " . "
 """Between the sentences of a summary: what T5's rougeLsum takes for a line break."""
@@ -117,10 +118,11 @@ def baseline_predictions(config: TaskConfig, dataset: datasets.Dataset) -> dict[
     task = _task(config)
     inputs = [text.removeprefix(config.prompt) for text in dataset["input"]]
     if task is TASKS["en_de"]:
-        return {"copy": inputs}
+        return {"copy": [text.removesuffix(f" {BLANK}") for text in inputs]}
     if task is TASKS["debian_cloze"]:
         return {"frequent": [_frequent(text) for text in inputs], "overlap": [_overlap(text) for text in inputs]}
-    synopses = [words for target in load_task(config, "train")["target"] for words in target.split(JOINT)]
+    targets = [references[0] for references in load_task(config, "train")["references"]]
+    synopses = [words for target in targets for words in target.split(JOINT)]
     words = round(sum(len(synopsis.split()) for synopsis in synopses) / len(synopses))
     return {"lead": [_lead(text, words) for text in inputs]}
 
@@ -188,8 +190,8 @@ def _cut_to_share(texts: Sequence[str], words: int) -> list[str]:
 def _debian_synopsis(config: TaskConfig, split: Split) -> Iterator[Example]:
     """An application's long description to its synopsis."""
     for package in _applications(split):
-        text = config.prompt + _blocks([package.name], [package.body])
-        yield Example(package.name, package.source, text, package.synopsis, [package.synopsis])
+        text = config.prompt + _blocks([package.name], [f"{BLANK} {package.body}"])
+        yield Example(package.name, package.source, text, f"{BLANK} {package.synopsis}", [package.synopsis])
 
 
 def _debian_multi(config: TaskConfig, split: Split) -> Iterator[Example]:
@@ -234,7 +236,7 @@ def _en_de(config: TaskConfig, split: Split) -> Iterator[Example]:
                 continue
             seen.add(en.casefold())
             if earlier == split:
-                yield Example(name, group, config.prompt + en, de, [de])
+                yield Example(name, group, f"{config.prompt}{en} {BLANK}", f"{BLANK} {de}", [de])
         if earlier == split:
             return
 
@@ -313,7 +315,7 @@ def _task(config: TaskConfig) -> Task:
 
 
 def _lead(text: str, words: int) -> str:
-    bodies = [block.partition(": ")[2] for block in text.split("\n")]
+    bodies = [block.partition(": ")[2].removeprefix(BLANK) for block in text.split("\n")]
     return JOINT.join(" ".join(body.split()[:words]) for body in bodies)
 
 

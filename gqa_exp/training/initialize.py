@@ -1,9 +1,11 @@
 """A start from which a small base learns to read its input within millions of tokens instead of hundreds of millions.
 
-From T5's initialisation, predicting a span from its surroundings takes two circuits, each useless without the other: the
-encoder must gather a sentinel's neighbours, and the decoder must find the place in the encoder that holds the same
-token as itself. Until both have formed, a model only learns what targets look like. Large runs pass this plateau; one
-that ends after 1e8 tokens does not, and a base that does not read cannot tell conversions of its cross-attention apart.
+From T5's initialisation, predicting a span from its surroundings takes two circuits, each useless without the other:
+the encoder must gather a sentinel's neighbours, and the decoder must find the place in the encoder that holds the same
+token as itself. Until both have formed, a model only learns what targets look like. Large runs pass this plateau. Here,
+the held-out loss with inputs exchanged between samples was higher by 0.08 nats after 30 million tokens from T5's start,
+and by 0.9 after 9 million from this one (on other documents, see `gqa_exp.data.embedded`; on those, 0.02 from T5's
+after 3 million). A base that does not read cannot tell one conversion of its cross-attention from another.
 
 So both circuits are there from the start, in weights that training is free to change:
 cross-attention keys equal its queries, up to scale, so that a token attends to itself in the input (the idea of mimetic

@@ -147,8 +147,9 @@ def test_the_hash_follows_what_shapes_the_examples(monkeypatch, tmp_path):
 def test_a_synopsis_belongs_to_its_description(by_name, load):
     for row in load("debian_synopsis", "dev")[:50]:
         source = by_name[row["id"]]
-        assert row["target"] == source["synopsis"]
-        assert row["input"] == f"summarize: {row['id']}: {' '.join(source['body'].split())}"
+        assert row["references"] == [source["synopsis"]]
+        assert row["target"] == f"<extra_id_0> {source['synopsis']}"
+        assert row["input"] == f"summarize: {row['id']}: <extra_id_0> {' '.join(source['body'].split())}"
         assert len(source["body"].split()) >= 30
         assert not re.match(r"lib|python3?-", row["id"])
         assert not re.search(r"-(dev|dbg|doc|data)$", row["id"])
@@ -186,9 +187,9 @@ def test_the_longest_give_way_first(lengths, words):
 def test_lead_is_the_descriptions_first_words(load):
     data = load_task(config("debian_synopsis"), "dev")
     predictions = baseline_predictions(config("debian_synopsis"), data)["lead"]
-    mean = statistics.mean(len(row["target"].split()) for row in load("debian_synopsis", "train"))
+    mean = statistics.mean(len(row["references"][0].split()) for row in load("debian_synopsis", "train"))
     for row, prediction in zip(data.to_list(), predictions, strict=True):
-        body = row["input"].partition(f"{row['id']}: ")[2].split()
+        body = row["input"].partition(f"{row['id']}: <extra_id_0> ")[2].split()
         assert prediction.split() == body[: round(mean)]
 
 
@@ -207,18 +208,20 @@ def test_pairs_are_aligned_segments(tables, by_name, load):
     segments = {(row["page"], row["en"], row["de"]) for row in tables["help_segments"].to_list()}
     kinds = set()
     for row in load("en_de", "dev"):
-        english = row["input"].removeprefix("translate English to German: ")
+        english = row["input"].removeprefix("translate English to German: ").removesuffix(" <extra_id_0>")
+        [german] = row["references"]
+        assert row["target"] == f"<extra_id_0> {german}"
         kind, name = row["id"].split("/")[:2]
         kinds.add(kind)
-        assert english.casefold() != row["target"].casefold()
-        assert 0.5 <= len(row["target"]) / len(english) <= 2
-        assert all(2 <= len(text.split()) <= 100 for text in (english, row["target"]))
+        assert english.casefold() != german.casefold()
+        assert 0.5 <= len(german) / len(english) <= 2
+        assert all(2 <= len(text.split()) <= 100 for text in (english, german))
         if kind == "help":
-            assert (row["group"], english, row["target"]) in segments
+            assert (row["group"], english, german) in segments
         else:
             found = by_name[name]
             pairs = zip(found["body"].split("\n"), found["body_de"].split("\n"), strict=False)
-            assert (english, row["target"]) in [*pairs, (found["synopsis"], found["synopsis_de"])]
+            assert (english, german) in [*pairs, (found["synopsis"], found["synopsis_de"])]
     assert kinds == {"help", "debian"}
 
 
@@ -230,7 +233,7 @@ def test_no_english_text_comes_twice(load):
 def test_copy_is_the_source():
     data = load_task(config("en_de"), "dev").select(range(20))
     (copies,) = baseline_predictions(config("en_de"), data).values()
-    assert [f"translate English to German: {copy}" for copy in copies] == list(data["input"])
+    assert [f"translate English to German: {copy} <extra_id_0>" for copy in copies] == list(data["input"])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -285,8 +288,8 @@ def test_nothing_is_blanked_that_would_still_be_seen():
 
 def test_cloze_baselines_on_a_context_read_by_hand():
     text = (
-        "question: frob: fast <extra_id_0> for colour images context: frob: Frob turns slides into a viewer. The viewer is "
-        "good, the viewer is fast. It is a fast converter for colour images.\nother: plain text"
+        "question: frob: fast <extra_id_0> for colour images context: frob: Frob turns slides into a viewer. "
+        "The viewer is good, the viewer is fast. It is a fast converter for colour images.\nother: plain text"
     )
     data = datasets.Dataset.from_dict({"input": [text, "question: a: <extra_id_0> context: "]})
     predictions = baseline_predictions(config("debian_cloze"), data)

@@ -51,7 +51,9 @@ def corpus_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
     """
     table_split = "train" if split == "train" else "dev"
     described = _read("packages").loc[lambda f: f["split"] == table_split]
-    described = described.assign(text=[_description(*row) for row in described[DESCRIPTION].fillna("").itertuples(index=False)])
+    described = described.assign(
+        text=[_description(*row) for row in described[DESCRIPTION].fillna("").itertuples(index=False)]
+    )
     pages = _read("help").loc[lambda f: f["split"] == table_split]
     pages = pages.assign(text=pages["en"] + "\n" + pages["de"])
     other = _read("corpus").loc[lambda f: f["split"] == split]
@@ -67,7 +69,7 @@ DESCRIPTION = ["name", "synopsis", "body", "synopsis_de", "body_de"]
 
 
 def _description(name: str, synopsis: str, body: str, synopsis_de: str, body_de: str) -> str:
-    """A package's description, and the German one (if any) behind it: paragraph by paragraph where there are as many."""
+    """A package's description with its German one, if any: paragraph by paragraph where there are as many."""
     english = [f"{name}: {synopsis}", *body.split("\n")]
     german = [synopsis_de, *body_de.split("\n")] if body_de else []
     if len(english) == len(german):
