@@ -51,11 +51,15 @@ def encode_task(dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int,
     """
 
     def cut(column: str, limit: int) -> tuple[list[list[int]], int]:
-        ids = tokenizer.encode_batch(list(dataset[column]))
+        ids = tokenizer.encode_batch(list(dataset[column]), sentinels=True)
         longer = sum(len(row) > limit for row in ids)
         if longer:
             logger.warning("%d of %d %ss are longer than %d tokens and were cut", longer, len(ids), column, limit)
-        return [row if len(row) <= limit else [*row[: limit - 1], tokenizer.eos_id] for row in ids], longer
+        return [row if len(row) <= limit else shortened(row, limit) for row in ids], longer
+
+    def shortened(row: list[int], limit: int) -> list[int]:
+        end = 2 if len(row) > 1 and row[-2] >= tokenizer.num_pieces else 1  # a last sentinel asks for the output
+        return [*row[: max(0, limit - end)], *row[-end:]][-limit:]
 
     inputs, longer_inputs = cut("input", max_input)
     targets, longer_targets = cut("target", max_target)

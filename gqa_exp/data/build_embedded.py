@@ -43,7 +43,9 @@ EVALUATED = {"dev": 0.11, "test": 0.11}  # share of the families; the large ones
 LARGE_FAMILY = 20  # source packages; beyond it, shared boilerplate rather than a shared origin
 PIECES = 8092  # 8192 with the 100 sentinels that sit on top
 SHORTEST = 200  # characters of a document
-TOKENIZER_LINES = 500_000
+TOKENIZER_LINES = (
+    500_000  # the shipped tokenizer drew them before translations stood between: its lines were in another order
+)
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 THREADS = 2
 
@@ -641,7 +643,8 @@ touches the beginning of a dev or test text was dropped.
 
 What `corpus_documents("train")` and `("heldout")` return, by source. Tokens are the tokenizer's, one end-of-sequence
 mark per document included. A document of `debian` is a source package with the descriptions of its packages, one of
-`help` is a page; in both, a paragraph's translation stands behind it.
+`help` is a page; in both, a paragraph's translation stands behind it (that of a whole description where the paragraphs
+do not correspond).
 
 {corpus}
 

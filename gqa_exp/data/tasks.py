@@ -27,9 +27,16 @@ Split = Literal["train", "dev", "test"]
 TASKS_VERSION = 2
 """Raise when the same files and configuration would give other examples."""
 
-BLANK = "<extra_id_0>"
-"""Where the output belongs in a task's input: asked for as pre-training asks for a span, by its sentinel, which then
-begins the target. So a base brings to the task what it has learned, which a few hundred steps could not teach it."""
+
+def blank(i: int) -> str:
+    """The sentinel that stands in an input where the i-th part of the output belongs, and in the target before it.
+
+    So a task asks as pre-training asks for spans, and a base brings to it what it has learned.
+    """
+    return f"<extra_id_{i}>"
+
+
+BLANK = blank(0)
 CONTEXT = " context: "
 JOINT = " . "
 """Between the sentences of a summary: what T5's rougeLsum takes for a line break."""
@@ -38,7 +45,7 @@ SHORTEST_BODY = 30  # words, so that there is something to summarize
 SHORTEST_SOURCE = 120  # words of all its packages' bodies; debian_multi is the task of long inputs
 MOST_PACKAGES = 16  # debian_multi: beyond it, a source's synopses are a list rather than a summary
 TOKENS_PER_WORD = 2.0  # of descriptions in the shipped 8k vocabulary, on the safe side
-NAME_WORDS = 4  # what a package's name costs, in words
+NAME_WORDS = 4  # what a package's name and sentinel cost, in words
 
 NO_APPLICATIONS = frozenset(["debug", "doc", "introspection", "libdevel", "libs", "localization", "oldlibs"])
 """Sections that hold parts of applications, or libraries."""
@@ -205,9 +212,11 @@ def _debian_multi(config: TaskConfig, split: Split) -> Iterator[Example]:
         long_enough = sum(len(body.split()) for body in bodies) >= SHORTEST_SOURCE
         if len(telling) >= 2 and long_enough and len(packages) <= MOST_PACKAGES:
             words = int(config.max_input_tokens / TOKENS_PER_WORD) - NAME_WORDS * len(packages)
-            text = config.prompt + _blocks([package.name for package in packages], _cut_to_share(bodies, words))
-            target = JOINT.join(package.synopsis for package in packages)
-            yield Example(source, source, text, target, [target])
+            asked = [f"{blank(i)} {body}" for i, body in enumerate(_cut_to_share(bodies, words))]
+            text = config.prompt + _blocks([package.name for package in packages], asked)
+            synopses = [package.synopsis for package in packages]
+            target = JOINT.join(f"{blank(i)} {synopsis}" for i, synopsis in enumerate(synopses))
+            yield Example(source, source, text, target, [JOINT.join(synopses)])
 
 
 def _pairs(split: Split) -> Iterator[tuple[str, str, str, str]]:
@@ -259,7 +268,7 @@ def _blank(name: str, synopsis: str, body: str) -> tuple[str, str] | None:
     for word in dict.fromkeys(WORD.findall(synopsis)):
         if word.casefold() in described:
             blanked = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", BLANK, synopsis, flags=re.IGNORECASE)
-            if word.casefold() not in f"{name} {blanked}".casefold():
+            if word.casefold() not in f"{name} {blanked.replace(BLANK, ' ')}".casefold():
                 choices.append((blanked, word))
     return choices[_hash(f"{name}/blank") % len(choices)] if choices else None
 
@@ -315,7 +324,7 @@ def _task(config: TaskConfig) -> Task:
 
 
 def _lead(text: str, words: int) -> str:
-    bodies = [block.partition(": ")[2].removeprefix(BLANK) for block in text.split("\n")]
+    bodies = [block.partition(": ")[2].removeprefix(blank(i)) for i, block in enumerate(text.split("\n"))]
     return JOINT.join(" ".join(body.split()[:words]) for body in bodies)
 
 

@@ -18,8 +18,8 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_SENTINELS = 100
 """As T5 has them (its paper, section 3.1.4; `extra_ids` in google/seqio, seqio/vocabularies.py)."""
-SENTINEL = re.compile(r"\s*<extra_id_(\d+)>\s*")
-"""How a text names a sentinel, in the words of T5's tokenizer in transformers; white space around it means nothing."""
+SENTINEL = re.compile(r"<extra_id_([0-9]{1,4})>")
+"""How a task's text names a sentinel, in the words of T5's tokenizer in transformers."""
 
 
 class Tokenizer:
@@ -70,28 +70,35 @@ class Tokenizer:
             raise ValueError(f"sentinel {i} does not exist; there are {self.num_sentinels}")
         return self.vocab_size - 1 - i
 
-    def encode(self, text: str, max_tokens: int | None = None, add_eos: bool = True) -> list[int]:
+    def encode(
+        self, text: str, max_tokens: int | None = None, add_eos: bool = True, sentinels: bool = False
+    ) -> list[int]:
         """Ids of a text.
 
         Args:
-            text: any text; the model normalises it, so line breaks become spaces, and `<extra_id_0>` is a sentinel.
+            text: any text; the model normalises it, so line breaks become spaces.
             max_tokens: cut to so many ids, the end-of-sequence id included.
             add_eos: end with the end-of-sequence id.
-        """
-        return self.encode_batch([text], max_tokens, add_eos, threads=1)[0]
-
-    def encode_batch(
-        self, texts: Sequence[str], max_tokens: int | None = None, add_eos: bool = True, threads: int = 2
-    ) -> list[list[int]]:
-        """Ids of many texts; see `encode`.
+            sentinels: whether `<extra_id_0>` in the text is a sentinel, or text like any other.
 
         Raises:
-            InputError: a text names a sentinel that does not exist.
+            InputError: the text names a sentinel that does not exist.
         """
+        return self.encode_batch([text], max_tokens, add_eos, threads=1, sentinels=sentinels)[0]
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        max_tokens: int | None = None,
+        add_eos: bool = True,
+        threads: int = 2,
+        sentinels: bool = False,
+    ) -> list[list[int]]:
+        """Ids of many texts; see `encode`."""
         eos = [EOS_ID] if add_eos else []
         room = None if max_tokens is None else max_tokens - len(eos)
         # What stands between sentinels, and their numbers, in turn.
-        split = [SENTINEL.split(text) for text in texts]
+        split = [SENTINEL.split(text) if sentinels else [text] for text in texts]
         between = [part for parts in split for part in parts[::2]]
         pieces = iter(self._pieces.encode(between, num_threads=threads))
         encoded = []

@@ -38,7 +38,7 @@ CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = EVALUATE_VERSION = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
-    "pretrain": tuple(spec.name for spec in dataclasses.fields(PretrainConfig) if spec.name != "init"),
+    "pretrain": tuple(spec.name for spec in dataclasses.fields(PretrainConfig)),
     "corpus": ("input_length", "target_length", "noise_density", "mean_span"),
 }
 """What uptraining takes from the base's training record: it is the same training, continued."""

@@ -97,12 +97,16 @@ def exchange_inputs(sets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
     """The same batches, but each target with the input of its neighbour.
 
     A model that reads its input loses by this; one that has only learned what targets look like does not. Early bases
-    do not read, and such a base cannot tell one conversion of its cross-attention from another.
+    do not read, and such a base cannot tell one conversion of its cross-attention from another. Neighbours often are of
+    the same document, so it could lose more. A sample without neighbour is left out.
     """
-    return {
-        source: [{**batch, "input_ids": batch["input_ids"].roll(1, dims=0)} for batch in batches]
+    exchanged = {
+        source: [
+            {**batch, "input_ids": batch["input_ids"].roll(1, dims=0)} for batch in batches if len(batch["labels"]) > 1
+        ]
         for source, batches in sets.items()
     }
+    return {source: batches for source, batches in exchanged.items() if batches}
 
 
 def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], tokenizer: Tokenizer) -> float:
@@ -126,7 +130,7 @@ def pretrain_base(
         trackers: Lightning loggers.
 
     Raises:
-        InputError: the tokenizer does not fit the model, or the resumable state is of another geometry.
+        InputError: the tokenizer does not fit the model, or the resumable state is of another geometry or recipe.
     """
     geometry = T5Config.from_model_config(config.model)
     if tokenizer.vocab_size > geometry.vocab_size:
@@ -135,16 +139,25 @@ def pretrain_base(
         )
     tokens = read_corpus(config.corpus, tokenizer, work / "cache")
     resume = work / "state"
+    settings = {
+        "text": corpus_identity(config.corpus, tokenizer),
+        "pretrain": dict(vars(config.pretrain)),
+        "corpus": dict(vars(config.corpus)),
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+    }
     if resume.exists():
         state = TrainingState.load(resume)
         if state.model.config != geometry:
             raise InputError(f"{resume}: an unfinished run of another geometry; remove it or choose another output")
+        _check_same_run(settings, state.record.get("recipe", settings), resume)
         logger.info("resuming at step %d", state.step)
     else:
         torch.manual_seed(step_seed(config.seed, "initialize", 0))
         state = TrainingState(T5(geometry))
         if config.pretrain.init == "reading":
             start_reading(state.model)
+    state.record["recipe"] = settings
     sets = {} if config.corpus.files else heldout_sets(config, tokenizer, work / "cache")
 
     def look_at_heldout(now: TrainingState) -> bool:
@@ -170,15 +183,27 @@ def pretrain_base(
         state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3
     )
     record["corpus_tokens"] = len(tokens)
-    record["recipe"] = {
-        "pretrain": vars(config.pretrain),
-        "corpus": vars(config.corpus),
-        "seed": config.seed,
-        "precision": config.trainer.precision,
-    }
     shipped = replace(state, slots={name: slot.clone() for name, slot in state.slots.items()})
     shipped.save(export, torch.bfloat16)
     return state
+
+
+def _check_same_run(ours: dict[str, Any], theirs: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run that was started otherwise; only its length may change, not its flat steps."""
+
+    def fields(settings: dict[str, Any]) -> dict[str, Any]:
+        pretrain = dict(settings["pretrain"])
+        flat_steps = round(pretrain.pop("flat_fraction") * pretrain.pop("steps"))
+        named = {f"pretrain.{name}": value for name, value in {**pretrain, "flat_steps": flat_steps}.items()}
+        named |= {f"corpus.{name}": value for name, value in settings["corpus"].items()}
+        return {**named, "text": settings["text"], "seed": settings["seed"]}
+
+    before = fields(theirs)
+    for name, value in fields(ours).items():
+        if value != before.get(name, value):
+            raise InputError(
+                f"{folder}: a run with {name}={before[name]}, not {value}; remove it or choose another output"
+            )
 
 
 def recipe_window(config: Config) -> int:

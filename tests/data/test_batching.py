@@ -111,12 +111,14 @@ def test_padding_is_torchs_own_up_to_the_multiple(rows, multiple):
 
 
 class Letters:
-    """A tokenizer of one id per letter."""
+    """A tokenizer of one id per letter; capitals are its sentinels, above the pieces."""
 
     eos_id = 1
+    num_pieces = 500
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [[*map(ord, text), 1] for text in texts]
+    def encode_batch(self, texts: list[str], sentinels: bool) -> list[list[int]]:
+        assert sentinels
+        return [[*(ord(letter) + 500 * letter.isupper() for letter in text), 1] for text in texts]
 
 
 def test_what_is_cut_is_counted_and_logged(caplog):
@@ -134,5 +136,11 @@ def test_what_is_cut_is_counted_and_logged(caplog):
         "1 of 3 targets are longer than 2 tokens and were cut",
     ]
     caplog.clear()
+    data = datasets.Dataset.from_dict({"input": ["abcdX", "aXcde", "abX"], "target": ["x"] * 3})
+    task = encode_task(data, Letters(), max_input=4, max_target=2)
+    sentinel = ord("X") + 500
+    assert task.input_ids == [[a, b, sentinel, 1], [a, sentinel, c, 1], [a, b, sentinel, 1]]  # the last one is kept
+    caplog.clear()
+    data = datasets.Dataset.from_dict({"input": ["abcdef"], "target": ["xy"]})
     assert encode_task(data, Letters(), max_input=7, max_target=3).truncated_inputs == 0
     assert not caplog.records

@@ -91,7 +91,10 @@ def test_no_evaluated_text_in_the_corpus(
     alone = [*rows.body, *rows.body_de.dropna(), *pages.en.agg("\n".join), *pages.de.agg("\n".join)]
     # Some that are there, looked for in the same pass, show that the search finds what there is.
     present = {key for key in sorted(evaluated(packages, segments, "train"))[::100] if len(key) == PREFIX}
-    assert found(barred | present, [*train_documents, *alone]) == present
+    assert found(barred | present, alone) == present
+    hits = found(barred | present, train_documents)
+    assert not hits & barred
+    assert len(hits) > 0.8 * len(present)
 
 
 def test_heldout_documents_are_not_test_texts(packages: pd.DataFrame, segments: pd.DataFrame) -> None:

@@ -87,7 +87,9 @@ def test_examples_are_whole(name, load):
             assert row["input"].startswith(prompt)
             assert len(row["input"]) > len(prompt)
             assert row["target"].strip()
-            assert row["target"].removeprefix("<extra_id_0> ") in row["references"]
+            assert row["target"].startswith("<extra_id_0> ")
+            assert row["input"].count("<extra_id_0>") >= 1
+            assert re.sub("<extra_id_[0-9]+> ", "", row["target"]) in row["references"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -162,9 +164,13 @@ def test_many_documents_are_all_packages_of_a_source(by_name, load):
         members = [p for p in by_name.values() if p["source"] == row["id"]]
         blocks = row["input"].removeprefix("summarize: ").split("\n")
         assert [block.partition(": ")[0] for block in blocks] == sorted(p["name"] for p in members)
-        assert row["target"].split(" . ") == [p["synopsis"] for p in sorted(members, key=lambda p: p["name"])]
+        synopses = [p["synopsis"] for p in sorted(members, key=lambda p: p["name"])]
+        assert row["references"] == [" . ".join(synopses)]
+        assert row["target"] == " . ".join(f"<extra_id_{i}> {synopsis}" for i, synopsis in enumerate(synopses))
         bodies = {p["name"]: " ".join(p["body"].split()) for p in members}
-        assert all(bodies[name].startswith(shown) for name, _, shown in (b.partition(": ") for b in blocks))
+        for i, (name, _, shown) in enumerate(block.partition(": ") for block in blocks):
+            assert shown.startswith(f"<extra_id_{i}> ")
+            assert bodies[name].startswith(shown.removeprefix(f"<extra_id_{i}> "))
         assert len(set(bodies.values())) >= 2
 
 
@@ -247,7 +253,7 @@ def test_the_answer_stands_in_the_context_and_not_in_the_question(passages, by_n
         answer = reference.casefold()
         assert row["target"] == f"<extra_id_0> {reference}"
         assert answer in words_of(context)
-        assert answer not in question.removeprefix("question: ").casefold()
+        assert answer not in question.removeprefix("question: ").replace("<extra_id_0>", "").casefold()
         name, _, blanked = question.removeprefix("question: ").partition(": ")
         assert name == row["id"]
         assert "<extra_id_0>" in blanked
@@ -280,6 +286,7 @@ def test_nothing_is_blanked_that_would_still_be_seen():
     blank = tasks._blank
     assert blank("tool", "editor of Sounds", "it edits sounds, sounds") == ("editor of <extra_id_0>", "Sounds")
     assert blank("tool", "sounds of sounds", "it edits sounds") == ("<extra_id_0> of <extra_id_0>", "sounds")
+    assert blank("tool", "extra sounds", "with extra noise") == ("<extra_id_0> sounds", "extra")
     assert blank("gimp-sounds", "editor of sounds", "it edits sounds") is None  # the name tells
     assert blank("tool", "plays soundscapes of sound", "plain sound") is None  # another word tells
     assert blank("tool", "this with sounds", "this with noises") is None  # only stop words stand in the body
@@ -291,6 +298,7 @@ def test_cloze_baselines_on_a_context_read_by_hand():
         "question: frob: fast <extra_id_0> for colour images context: frob: Frob turns slides into a viewer. "
         "The viewer is good, the viewer is fast. It is a fast converter for colour images.\nother: plain text"
     )
-    data = datasets.Dataset.from_dict({"input": [text, "question: a: <extra_id_0> context: "]})
+    twice = "question: b: mixing <extra_id_0> with <extra_id_0> context: b: extra sounds, mixing sounds with extra care"
+    data = datasets.Dataset.from_dict({"input": [text, "question: a: <extra_id_0> context: ", twice]})
     predictions = baseline_predictions(config("debian_cloze"), data)
-    assert predictions == {"frequent": ["viewer", ""], "overlap": ["converter", ""]}
+    assert predictions == {"frequent": ["viewer", "", "extra"], "overlap": ["converter", "", "extra"]}

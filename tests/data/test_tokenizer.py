@@ -78,15 +78,21 @@ def test_a_sentinel_named_in_a_text_is_its_id_between_the_librarys(numbers, data
     parts = [data.draw(st.sampled_from(["", *TEXTS])) for _ in range(len(numbers) + 1)]
     text, expected = parts[0], library.encode(parts[0])
     for number, part in zip(numbers, parts[1:], strict=True):
-        text += f" <extra_id_{number}> {part}"
+        text += (
+            data.draw(st.sampled_from(["", " "]))
+            + f"<extra_id_{number}>"
+            + data.draw(st.sampled_from(["", " "]))
+            + part
+        )
         expected += [tokenizer.sentinel(number), *library.encode(part)]
-    assert tokenizer.encode(text, add_eos=False) == expected
-    assert tokenizer.encode_batch([*TEXTS, text])[-1] == [*expected, 1]
+    assert tokenizer.encode(text, add_eos=False, sentinels=True) == expected
+    assert tokenizer.encode_batch([*TEXTS, text], max_tokens=9, sentinels=True)[-1] == [*expected[:8], 1]
+    assert tokenizer.encode(text) == [*library.encode(text), 1]  # unless asked for, text like any other
 
 
 def test_a_sentinel_that_does_not_exist_is_refused(tokenizer):
     with pytest.raises(InputError, match="<extra_id_100> in a text: the tokenizer has 100 sentinels"):
-        tokenizer.encode("what <extra_id_100> is")
+        tokenizer.encode("what <extra_id_100> is", sentinels=True)
 
 
 def test_sentinels_count_down_from_the_top(tokenizer, library):

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from gqa_exp.config import Config
 from gqa_exp.data.corpus import heldout_batches
 from gqa_exp.data.tokenizer import default_tokenizer
+from gqa_exp.errors import InputError
 from gqa_exp.model import T5
 from gqa_exp.model.checkpoint import load
 from gqa_exp.training import pretrain
+from gqa_exp.training.state import TrainingState
 
 SETTINGS = {
     "model": {"d_model": 32, "d_ff": 16, "num_heads": 2, "head_dim": 16, "vocab_size": 8192},
@@ -78,8 +80,62 @@ def test_looking_at_the_heldout_loss_changes_nothing(config, heldout, init, tmp_
         monkeypatch.setattr(pretrain, "HELDOUT_EVERY", every)
         folder = tmp_path / str(every)
         states.append(pretrain.pretrain_base(config, default_tokenizer(), folder / "work", folder / "base"))
-    for mine, other in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
-        assert torch.equal(mine, other)
+    assert_same(*states)
+
+
+def assert_same(one: TrainingState, other: TrainingState) -> None:
+    """Same step, weights and optimizer slots, to the bit."""
+    assert one.step == other.step
+    for ours, theirs in ((one.model.state_dict(), other.model.state_dict()), (one.slots, other.slots)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_run_can_be_made_longer_and_is_then_the_longer_run(config, heldout, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pretrain, "read_corpus", lambda *_: np.arange(2000) % 700 + 2)
+    config.pretrain.flat_fraction = 0.5
+    direct = pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "direct", tmp_path / "base")
+    config.pretrain.steps, config.pretrain.flat_fraction = 4, 0.75  # three flat steps, as before
+    pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "work", tmp_path / "short")
+    config.pretrain.steps, config.pretrain.flat_fraction = 6, 0.5
+    longer = pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "work", tmp_path / "long")
+    assert_same(direct, longer)
+    assert longer.record["heldout_curve"] == direct.record["heldout_curve"]
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("pretrain", "init", "t5", "a run with pretrain.init=reading, not t5"),
+        ("pretrain", "batch_size", 5, "a run with pretrain.batch_size=4, not 5"),
+        ("pretrain", "flat_fraction", 0.9, "flat_steps=3, not 5"),
+        (None, "seed", 1, "seed=0, not 1"),
+        (None, "text", "other", "text="),
+    ],
+)
+def test_a_run_is_not_continued_as_another(
+    config, heldout, tmp_path: Path, monkeypatch, group, field, value, message
+) -> None:
+    config.pretrain.flat_fraction = 0.5
+    work, base = tmp_path / "work", tmp_path / "base"
+    pretrain.pretrain_base(config, default_tokenizer(), work, base)
+    before = (work / "state" / "training.json").read_bytes()
+    if field == "text":
+        monkeypatch.setattr(pretrain, "corpus_identity", lambda *_: value)
+    else:
+        setattr(getattr(config, group) if group else config, field, value)
+    with pytest.raises(InputError, match=message):
+        pretrain.pretrain_base(config, default_tokenizer(), work, base)
+    assert (work / "state" / "training.json").read_bytes() == before
+
+
+def test_a_sample_without_neighbour_is_not_exchanged() -> None:
+    batch = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([[1], [2]])}
+    alone = {name: tensor[:1] for name, tensor in batch.items()}
+    exchanged = pretrain.exchange_inputs({"two": [batch], "one": [alone]})
+    assert list(exchanged) == ["two"]
+    assert exchanged["two"][0]["input_ids"].tolist() == [[7, 8], [5, 6]]
+    assert exchanged["two"][0]["labels"].tolist() == [[1], [2]]
 
 
 def test_keys_are_the_queries_only_where_the_configuration_says_so(config, heldout, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pandas as pd
 FOLDER = Path(__file__).parent
 TOKENIZER = FOLDER / "tokenizer.model"
 
+_DESCRIPTION = ["name", "synopsis", "body", "synopsis_de", "body_de"]
+
 
 def packages() -> datasets.Dataset:
     """The descriptions of Debian's packages, one row per package.
@@ -52,7 +54,7 @@ def corpus_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
     table_split = "train" if split == "train" else "dev"
     described = _read("packages").loc[lambda f: f["split"] == table_split]
     described = described.assign(
-        text=[_description(*row) for row in described[DESCRIPTION].fillna("").itertuples(index=False)]
+        text=[_description(*row) for row in described[_DESCRIPTION].fillna("").itertuples(index=False)]
     )
     pages = _read("help").loc[lambda f: f["split"] == table_split]
     pages = pages.assign(text=pages["en"] + "\n" + pages["de"])
@@ -63,9 +65,6 @@ def corpus_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
     }
     frames = [pd.DataFrame({"text": texts.array, "source": source}) for source, texts in parts.items()]
     return _dataset(pd.concat([*frames, other[["text", "source"]]], ignore_index=True))
-
-
-DESCRIPTION = ["name", "synopsis", "body", "synopsis_de", "body_de"]
 
 
 def _description(name: str, synopsis: str, body: str, synopsis_de: str, body_de: str) -> str:
