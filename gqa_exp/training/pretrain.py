@@ -189,14 +189,17 @@ def pretrain_base(
 
 
 def _check_same_run(ours: dict[str, Any], theirs: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run that was started otherwise; only its length may change, not its flat steps."""
+    """Refuse to go on with a run that was started otherwise; only its length may change, not its flat steps.
+
+    What an older record does not hold cannot contradict.
+    """
 
     def fields(settings: dict[str, Any]) -> dict[str, Any]:
         pretrain = dict(settings["pretrain"])
         flat_steps = round(pretrain.pop("flat_fraction") * pretrain.pop("steps"))
         named = {f"pretrain.{name}": value for name, value in {**pretrain, "flat_steps": flat_steps}.items()}
         named |= {f"corpus.{name}": value for name, value in settings["corpus"].items()}
-        return {**named, "text": settings["text"], "seed": settings["seed"]}
+        return {**named, **{name: settings[name] for name in ("text", "seed") if name in settings}}
 
     before = fields(theirs)
     for name, value in fields(ours).items():

@@ -129,6 +129,17 @@ def test_a_run_is_not_continued_as_another(
     assert (work / "state" / "training.json").read_bytes() == before
 
 
+def test_what_an_older_record_does_not_hold_cannot_contradict(config, heldout, tmp_path: Path) -> None:
+    work, base = tmp_path / "work", tmp_path / "base"
+    pretrain.pretrain_base(config, default_tokenizer(), work, base)
+    path = work / "state" / "training.json"
+    record = json.loads(path.read_text())
+    del record["recipe"]["text"], record["recipe"]["pretrain"]["init"]
+    path.write_text(json.dumps(record))
+    config.pretrain.steps, config.pretrain.flat_fraction = 8, 0.0
+    assert pretrain.pretrain_base(config, default_tokenizer(), work, base).step == 8
+
+
 def test_a_sample_without_neighbour_is_not_exchanged() -> None:
     batch = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([[1], [2]])}
     alone = {name: tensor[:1] for name, tensor in batch.items()}
