@@ -43,6 +43,8 @@ class EncodedTask:
 def encode_task(dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int, max_target: int) -> EncodedTask:
     """Tokenize a task's examples; what is cut is counted and logged, never silent.
 
+    What is cut keeps its end of sequence, and a sentinel that stands last, since that is what asks for the output.
+
     Args:
         dataset: columns input and target, as `gqa_exp.data.tasks.load_task` gives them.
         tokenizer: makes the ids.
@@ -58,7 +60,7 @@ def encode_task(dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int,
         return [row if len(row) <= limit else shortened(row, limit) for row in ids], longer
 
     def shortened(row: list[int], limit: int) -> list[int]:
-        end = 2 if len(row) > 1 and row[-2] >= tokenizer.num_pieces else 1  # a last sentinel asks for the output
+        end = 2 if len(row) > 1 and row[-2] >= tokenizer.num_pieces else 1
         return [*row[: max(0, limit - end)], *row[-end:]][-limit:]
 
     inputs, longer_inputs = cut("input", max_input)

@@ -256,7 +256,7 @@ def _content_words(text: str) -> list[str]:
     return [word for word in words if word not in STOP_WORDS and sum(map(str.isalpha, word)) >= 4]
 
 
-def _blank(name: str, synopsis: str, body: str) -> tuple[str, str] | None:
+def _blank_out(name: str, synopsis: str, body: str) -> tuple[str, str] | None:
     """Blank out a content word of the synopsis that the description has too.
 
     Returns:
@@ -292,7 +292,7 @@ def _debian_cloze(config: TaskConfig, split: Split) -> Iterator[Example]:
         words = int(config.max_input_tokens / TOKENS_PER_WORD) - NAME_WORDS * (len(passages) + 1)
         words -= len(package.synopsis.split())
         bodies = _cut_to_share([passage.body for passage in passages], words)
-        if blanked := _blank(package.name, package.synopsis, bodies[place]):
+        if blanked := _blank_out(package.name, package.synopsis, bodies[place]):
             question, answer = blanked
             context = _blocks([passage.name for passage in passages], bodies)
             text = f"{config.prompt}{package.name}: {question}{CONTEXT}{context}"

@@ -60,16 +60,21 @@ def corpus_identity(config: CorpusConfig, tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
+def flat_steps(steps: int, flat_fraction: float) -> int:
+    """Steps for which the rate stays at its peak, at least one."""
+    return max(1, round(flat_fraction * steps))
+
+
 def pretraining_recipe(config: Config, stage: str, seed: int, tokens: Any, tokenizer: Tokenizer, stop: int) -> Recipe:
     """What pre-training does at each absolute step; uptraining continues it with a later `stop`."""
     pretrain = config.pretrain
     stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
-    flat_steps = max(1, round(pretrain.flat_fraction * pretrain.steps))
+    flat = flat_steps(pretrain.steps, pretrain.flat_fraction)
     return Recipe(
         stage=stage,
         seed=seed,
         batch=lambda step: stream.batch(step, pretrain.batch_size),
-        learning_rate=lambda step: learning_rate(step, peak=pretrain.peak_lr, flat_steps=flat_steps),
+        learning_rate=lambda step: learning_rate(step, peak=pretrain.peak_lr, flat_steps=flat),
         stop=stop,
         z_loss=pretrain.z_loss,
     )
@@ -159,11 +164,12 @@ def pretrain_base(
             start_reading(state.model)
     state.record["recipe"] = settings
     sets = {} if config.corpus.files else heldout_sets(config, tokenizer, work / "cache")
+    exchanged_sets = exchange_inputs(sets)
 
     def look_at_heldout(now: TrainingState) -> bool:
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a handful of batches
             loss = measure_heldout(now.model, sets, config)
-            exchanged = measure_heldout(now.model, exchange_inputs(sets), config)
+            exchanged = measure_heldout(now.model, exchanged_sets, config)
         now.record.update(heldout_loss=loss, heldout_exchanged_loss=exchanged)
         now.record.setdefault("heldout_curve", []).append([now.step, loss["all"], exchanged["all"]])
         logger.info("held-out loss %.4f, with inputs exchanged %.4f", loss["all"], exchanged["all"])
@@ -196,9 +202,12 @@ def _check_same_run(ours: dict[str, Any], theirs: dict[str, Any], folder: Path) 
 
     def fields(settings: dict[str, Any]) -> dict[str, Any]:
         pretrain = dict(settings["pretrain"])
-        flat_steps = round(pretrain.pop("flat_fraction") * pretrain.pop("steps"))
-        named = {f"pretrain.{name}": value for name, value in {**pretrain, "flat_steps": flat_steps}.items()}
-        named |= {f"corpus.{name}": value for name, value in settings["corpus"].items()}
+        pretrain["flat_steps"] = flat_steps(pretrain.pop("steps"), pretrain.pop("flat_fraction"))
+        named = {f"pretrain.{name}": value for name, value in pretrain.items()}
+        # "text" tells what the corpus is, wherever its files lie
+        named |= {
+            f"corpus.{name}": value for name, value in settings["corpus"].items() if name not in ("name", "files")
+        }
         return {**named, **{name: settings[name] for name in ("text", "seed") if name in settings}}
 
     before = fields(theirs)

@@ -283,7 +283,7 @@ def test_more_passages_than_packages_are_refused():
 
 
 def test_nothing_is_blanked_that_would_still_be_seen():
-    blank = tasks._blank
+    blank = tasks._blank_out
     assert blank("tool", "editor of Sounds", "it edits sounds, sounds") == ("editor of <extra_id_0>", "Sounds")
     assert blank("tool", "sounds of sounds", "it edits sounds") == ("<extra_id_0> of <extra_id_0>", "sounds")
     assert blank("tool", "extra sounds", "with extra noise") == ("<extra_id_0> sounds", "extra")
