@@ -43,7 +43,7 @@ EVALUATED = {"dev": 0.11, "test": 0.11}  # share of the families; the large ones
 LARGE_FAMILY = 20  # source packages; beyond it, shared boilerplate rather than a shared origin
 PIECES = 8092  # 8192 with the 100 sentinels that sit on top
 SHORTEST = 200  # characters of a document
-# Which lines are drawn depends on their order: the shipped tokenizer drew when translations were documents of their own.
+# Which lines are drawn depends on their order; the shipped tokenizer's were drawn when translations stood apart.
 TOKENIZER_LINES = 500_000
 SPLITS: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
 THREADS = 2

@@ -98,6 +98,7 @@ def test_a_run_can_be_made_longer_and_is_then_the_longer_run(config, heldout, tm
     config.pretrain.steps, config.pretrain.flat_fraction = 4, 0.75  # three flat steps, as before
     pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "work", tmp_path / "short")
     config.pretrain.steps, config.pretrain.flat_fraction = 6, 0.5
+    config.corpus.name = "the same under another name"
     longer = pretrain.pretrain_base(config, default_tokenizer(), tmp_path / "work", tmp_path / "long")
     assert_same(direct, longer)
     assert longer.record["heldout_curve"] == direct.record["heldout_curve"]
