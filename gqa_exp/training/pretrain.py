@@ -37,6 +37,7 @@ HELDOUT_WINDOWS = 16
 """Windows per source for the held-out loss: enough to compare, little enough to take seconds."""
 HELDOUT_EVERY = 500
 """Steps between two looks at the held-out loss."""
+HOUR = 3600.0
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
@@ -114,6 +115,23 @@ def exchange_inputs(sets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
     return {source: batches for source, batches in exchanged.items() if batches}
 
 
+def gain_of_the_last_hour(curve: Sequence[Sequence[float]]) -> float | None:
+    """By which share the last hour of training lowered the held-out loss; below 0.01 a base is trained enough.
+
+    Args:
+        curve: rows (step, held-out loss, the same with inputs exchanged, seconds of training so far), oldest first; rows
+            without seconds, of older records, are left out.
+
+    Returns:
+        1 - loss / loss an hour before (at the last look that is at least an hour old); None where there is none.
+    """
+    timed = [(row[3], row[1]) for row in curve if len(row) > 3]
+    if not timed:
+        return None
+    earlier = [loss for seconds, loss in timed if seconds <= timed[-1][0] - HOUR]
+    return 1 - timed[-1][1] / earlier[-1] if earlier else None
+
+
 def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], tokenizer: Tokenizer) -> float:
     """Held-out loss of a model that knows only how frequent each target token is."""
     stream = CorpusStream(tokens, config.corpus, tokenizer, seed=0)
@@ -171,8 +189,13 @@ def pretrain_base(
             loss = measure_heldout(now.model, sets, config)
             exchanged = measure_heldout(now.model, exchanged_sets, config)
         now.record.update(heldout_loss=loss, heldout_exchanged_loss=exchanged)
-        now.record.setdefault("heldout_curve", []).append([now.step, loss["all"], exchanged["all"]])
-        logger.info("held-out loss %.4f, with inputs exchanged %.4f", loss["all"], exchanged["all"])
+        curve = now.record.setdefault("heldout_curve", [])
+        curve.append([now.step, loss["all"], exchanged["all"], round(now.record["seconds"], 3)])
+        gain = gain_of_the_last_hour(curve)
+        logger.info(
+            "held-out loss %.4f, with inputs exchanged %.4f%s", loss["all"], exchanged["all"],
+            "" if gain is None else f"; the last hour of training lowered it by {100 * gain:.1f} %",
+        )  # fmt: skip
         return False
 
     recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps)
