@@ -13,7 +13,13 @@ from analysis.study import Point, Study, Task, number
 from analysis.tables import markdown, with_interval
 
 Verdict = Literal["supported", "not supported", "cannot tell"]
-SECTIONS = ("Time", "Quality against MHA", "Uptraining", "The gap between MQA and MHA")
+SECTIONS = (
+    "Time",
+    "Quality against MHA",
+    "Uptraining",
+    "The gap between MQA and MHA",
+    "MHA against trivial baselines",
+)
 
 
 @dataclass(frozen=True)
@@ -178,9 +184,23 @@ def closure_claims(study: Study) -> list[Claim]:
     return claims
 
 
+def baseline_claims(study: Study) -> list[Claim]:
+    """MHA against each task's trivial baselines: where it is not above them, the task says nothing of variants."""
+    claims = []
+    for point in study.points:
+        for task in study.tasks if point.variant.is_mha else ():
+            for name in study.baselines(task):
+                difference = study.over_baseline(point, task, name)
+                if difference is not None:
+                    statement = f"{point.name} scores above the {name} baseline {_where(task)}"
+                    claims.append(Claim(SECTIONS[4], statement, _points(difference), verdict(side(difference), 1)))
+    return claims
+
+
 def all_claims(study: Study) -> list[Claim]:
     """Every claim the rows speak to, section by section."""
-    return [*time_claims(study), *quality_claims(study), *uptraining_claims(study), *closure_claims(study)]
+    quality = [*quality_claims(study), *uptraining_claims(study), *closure_claims(study), *baseline_claims(study)]
+    return [*time_claims(study), *quality]
 
 
 def claims_markdown(claims: list[Claim]) -> str:

@@ -18,6 +18,8 @@ import numpy.typing as npt
 import pandas as pd
 from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 
+from gqa_exp.results import baseline_column
+
 FloatArray = npt.NDArray[np.float64]
 Number = TypeVar("Number", float, FloatArray)
 
@@ -83,17 +85,19 @@ class ExampleScores:
         return float(corpus_score(self.metric, self.statistics.to_numpy(dtype=np.float64).sum(axis=0)))
 
 
-def example_scores(examples: pd.DataFrame, metric: str) -> ExampleScores:
+def example_scores(examples: pd.DataFrame, metric: str, baseline: str = "") -> ExampleScores:
     """Sufficient statistics from a run's per-example outputs.
 
     Args:
         examples: as `gqa_exp.results.write_examples` describes them.
         metric: the task's primary metric: "bleu" reads `bleu_stats`, any other the column of its name.
+        baseline: read this trivial baseline's instead of the model's.
 
     Raises:
         ValueError: a column is missing or malformed, a value is not finite, or an id occurs twice.
     """
     column = "bleu_stats" if metric == "bleu" else metric
+    column = baseline_column(baseline, column) if baseline else column
     for needed in ("id", column):
         if needed not in examples:
             raise ValueError(f'column "{needed}" is missing')
@@ -105,7 +109,7 @@ def example_scores(examples: pd.DataFrame, metric: str) -> ExampleScores:
     if metric == "bleu":
         statistics = np.array([np.asarray(entry, dtype=np.float64) for entry in examples[column]])
         if statistics.ndim != 2 or statistics.shape[1] != BLEU_STATISTICS:
-            raise ValueError(f'"bleu_stats" must hold {BLEU_STATISTICS} numbers per example')
+            raise ValueError(f'"{column}" must hold {BLEU_STATISTICS} numbers per example')
     else:
         values = examples[column].to_numpy(dtype=np.float64)
         statistics = np.stack([values, np.ones_like(values)], axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis.stats import Draws, Estimate, ExampleScores, example_scores, gap_closure, mean_draws, paired_draws
 from gqa_exp.errors import InputError, suggest
-from gqa_exp.results import Result, Scalar, read_examples, read_results
+from gqa_exp.results import Result, Scalar, baseline_column, read_examples, read_results
 
 KINDS = ("summarization", "translation", "question answering")
 METRIC_NAMES = {
@@ -126,7 +126,7 @@ class Study:
     tasks: list[Task]
     setting: TimeSetting | None
     notes: list[str]
-    _examples: dict[str, ExampleScores | None] = field(default_factory=dict)
+    _examples: dict[tuple[str, str], ExampleScores | None] = field(default_factory=dict)
     _draws: dict[tuple[Task, tuple[Variant, ...]], list[Draws] | None] = field(default_factory=dict)
 
     @property
@@ -166,29 +166,41 @@ class Study:
 
     # -- quality
 
-    def examples(self, result: Result) -> ExampleScores | None:
+    def examples(self, result: Result, baseline: str = "") -> ExampleScores | None:
         """A run's per-example statistics; None, with a note, where they are missing or do not give the row's score.
+
+        Args:
+            result: the run's row.
+            baseline: the statistics of this trivial baseline on the run's examples instead.
 
         Raises:
             InputError: the file is there and cannot be read.
         """
-        if result.key not in self._examples:
-            self._examples[result.key] = self._read_examples(result)
-        return self._examples[result.key]
+        key = (result.key, baseline)
+        if key not in self._examples:
+            self._examples[key] = self._read_examples(result, baseline)
+        return self._examples[key]
 
-    def _read_examples(self, result: Result) -> ExampleScores | None:
+    def _read_examples(self, result: Result, baseline: str) -> ExampleScores | None:
         path = self.folder / f"{result.key}.examples.parquet"
+        what = f"{result.key} ({f'{baseline} baseline' if baseline else result.label} on {result.task})"
+        missing = f"{what} has no per-example scores: no paired intervals."
         if not path.exists():
-            self.note(f"{result.key} ({result.label} on {result.task}) has no per-example scores: no paired intervals.")
+            self.note(missing)
             return None
         try:
-            scores = example_scores(read_examples(self.folder, result.key), result.metric)
+            examples = read_examples(self.folder, result.key)
+            if baseline and baseline_column(baseline, "prediction") not in examples:  # a row of before these were kept
+                self.note(missing)
+                return None
+            scores = example_scores(examples, result.metric, baseline)
         except (ValueError, TypeError, OSError) as error:
             raise InputError(f"{path} does not hold per-example scores ({error}); evaluate the point again") from error
-        if abs(scores.score - (number(result.score) or 0.0)) > SCORE_TOLERANCE:
+        said = number(result.baselines.get(baseline) if baseline else result.score) or 0.0
+        if abs(scores.score - said) > SCORE_TOLERANCE:
             self.note(
-                f"{result.key} ({result.label} on {result.task}): its examples give {scores.score:.2f}, its row says "
-                f"{result.score:.2f}; they do not belong together: no paired intervals."
+                f"{what}: its examples give {scores.score:.2f}, its row says {said:.2f}; they do not belong together: "
+                "no paired intervals."
             )
             return None
         return scores
@@ -280,6 +292,21 @@ class Study:
             return gap, Estimate(float(value))
         return gap, Draws(float(value), shares).estimate()
 
+    def over_baseline(self, point: Point, task: Task, baseline: str) -> Estimate | None:
+        """Paired difference between a point and a trivial baseline on the same examples; None without examples.
+
+        Where a task cannot tell a trained model from no model, it tells nothing of variants either.
+        """
+        both: tuple[dict[int, ExampleScores], dict[int, ExampleScores]] = ({}, {})
+        for seed, result in point.runs.get(task, {}).items():
+            own, trivial = self.examples(result), self.examples(result, baseline)
+            if own is not None and trivial is not None:
+                both[0][seed], both[1][seed] = own, trivial
+        if not both[0]:
+            return None
+        ours, theirs = paired_draws(both, stream=f"{task.name}/{task.split}")
+        return (ours - theirs).estimate()
+
     def baselines(self, task: Task) -> dict[str, float]:
         """The task's trivial baselines, of the row with the most examples."""
         rows = [result for point in self.points for result in point.runs.get(task, {}).values() if result.baselines]
@@ -306,6 +333,11 @@ def score_of(result: Result) -> float:
 def finished(result: Result) -> bool:
     """Whether the row has a score that may enter averages."""
     return result.status == "done" and number(result.score) is not None
+
+
+def task_of(result: Result) -> Task:
+    """What the row's score may be compared within."""
+    return Task(result.task_kind, result.task, result.split, result.metric)
 
 
 def variant_of(result: Result) -> Variant:
@@ -377,7 +409,7 @@ def build_study(folder: Path, results: list[Result]) -> Study:
     tasks: set[Task] = set()
     for result in sorted(results, key=lambda each: each.ended):
         point = points.setdefault(variant_of(result), Point(variant_of(result)))
-        task = Task(result.task_kind, result.task, result.split, result.metric)
+        task = task_of(result)
         if not finished(result):
             point.unfinished.append(result)
             continue
@@ -395,6 +427,10 @@ def build_study(folder: Path, results: list[Result]) -> Study:
             point.time = max(timed, key=lambda result: result.ended).time
             if warning := point.time.get("warning"):
                 notes.append(f"Timing: {warning}.")
+    for task in sorted(tasks):
+        shown = [run for point in points.values() for run in point.runs.get(task, {}).values() if run.finetune]
+        if len({tuple(sorted(run.finetune.items())) for run in shown}) > 1:
+            notes.append(f"{task.title}: the points were not all fine-tuned by one recipe, so they hardly compare.")
     jobs = {result.stages.get("time") for point in points.values() for result in point.rows if result.time}
     if len(jobs - {None}) > 1:
         notes.append("Times come from several timing jobs: speed-ups compare, seconds only as far as the machine held.")

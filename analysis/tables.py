@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.stats import Estimate
-from analysis.study import METRIC_NAMES, Point, Study, Task, number
+from analysis.study import METRIC_NAMES, Point, Study, Task, finished, number, task_of
+from gqa_exp.results import Result, Scalar
 
 NOT_MEASURED = "not measured"
 MISSING = "-"
@@ -35,7 +36,8 @@ def frame(study: Study) -> pd.DataFrame:
     """The whole table with plain numbers: one row per point, then one per baseline of a task.
 
     Intervals are columns `_low` and `_high`, the standard deviation over seeds `_spread`, the paired difference to MHA
-    of the same proportion `.difference`, to MHA of proportion 0 `.difference_to_base`. Seconds, bytes, scores 0 to 100.
+    of the same proportion `.difference`, to MHA of proportion 0 `.difference_to_base`, to a trivial baseline
+    `.over_NAME`. Seconds, bytes, scores 0 to 100.
     """
     rows: list[dict[str, object]] = []
     for point in study.points:
@@ -58,6 +60,8 @@ def frame(study: Study) -> pd.DataFrame:
             if task:
                 row[f"{column}_spread"] = study.spread(point, task)
                 row[f"{column}_examples"] = max((r.num_examples for r in point.runs.get(task, {}).values()), default=0)
+            for name in study.baselines(task) if task else ():
+                _put(row, f"{column}.over_{name}", study.over_baseline(point, task, name) if task else None)
             _put(row, f"{column}.difference", study.difference(point, reference, task) if reference else None)
             different = base is not None and base is not point
             _put(
@@ -159,6 +163,65 @@ def differences(study: Study) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def over_baselines(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Each point's paired difference to the trivial baselines of each task."""
+    columns = [(task, name) for task in study.tasks for name in study.baselines(task)]
+    header = ["point", *(f"{task.title} minus {name}" for task, name in columns)]
+    rows = []
+    for point in study.points:
+        parts = [with_interval(study.over_baseline(point, task, name), 2, sign=True) for task, name in columns]
+        if set(parts) - {MISSING}:
+            rows.append([point.name, *parts])
+    return header, rows
+
+
+def recipes(study: Study) -> tuple[list[str], list[list[str]]]:
+    """How the points of each task were fine-tuned, one row per distinct recipe, with what it gave on dev.
+
+    A search over recipes is read from here; in a comparison of variants there is one row per task.
+    """
+    found: dict[tuple[Task, tuple[tuple[str, Scalar], ...]], list[Result]] = {}
+    for result in study.results:
+        if finished(result) and result.finetune:
+            found.setdefault((task_of(result), tuple(sorted(result.finetune.items()))), []).append(result)
+    names = {"max_input_tokens": "input", "max_target_tokens": "target", "batch_tokens": "tokens per step"}
+    fields = ("max_input_tokens", "max_target_tokens", "steps", "batch_tokens", "lr", "dropout", "patience")
+    header = ["task", *(names.get(name, name) for name in fields), "rows", "best dev score", "at step", "minutes"]
+    rows = []
+    for task in study.tasks:
+        mine = [(dict(recipe), results) for (other, recipe), results in found.items() if other == task]
+        for recipe, results in sorted(mine, key=lambda entry: -max(number(r.dev_score) or 0.0 for r in entry[1])):
+            rows.append(
+                [
+                    task.title,
+                    *(_plain(recipe.get(name)) for name in fields),
+                    str(len(results)),
+                    _span([number(result.dev_score) for result in results], 2),
+                    _span([number(result.training.get("finetune_best_step")) for result in results], 0),
+                    _span([_minutes(result) for result in results], 1),
+                ]
+            )
+    return header, rows
+
+
+def _minutes(result: Result) -> float | None:
+    seconds = number(result.training.get("finetune_seconds"))
+    return None if seconds is None else seconds / 60
+
+
+def _plain(value: Scalar) -> str:
+    return MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _span(values: Sequence[float | None], digits: int) -> str:
+    """The values' range, or the one value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return MISSING
+    ends = [f"{end:.{digits}f}" for end in (min(known), max(known))]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -171,6 +234,12 @@ def table_markdown(study: Study) -> str:
     header, rows = differences(study)
     if rows:
         parts += ["## Paired differences to MHA\n", markdown(header, rows)]
+    header, rows = over_baselines(study)
+    if rows:
+        parts += ["## Paired differences to trivial baselines\n", markdown(header, rows)]
+    header, rows = recipes(study)
+    if rows:
+        parts += ["## Fine-tuning\n", markdown(header, rows)]
     return "\n".join(parts)
 
 

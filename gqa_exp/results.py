@@ -64,6 +64,9 @@ class Result:
     """Every metric of the task, among them the primary one."""
     baselines: dict[str, Scalar] = field(default_factory=dict)
     """Primary metric of the task's trivial baselines on the same examples."""
+    finetune: dict[str, Scalar] = field(default_factory=dict)
+    """The fine-tuning recipe: the fields of `gqa_exp.config.FinetuneConfig`, and the lengths examples were cut to.
+    Empty in rows of before it was recorded."""
     mean_generated_tokens: float | None = None
     dev_score: float | None = None
     """Value of the selection criterion of the kept fine-tuning checkpoint on the dev split."""
@@ -175,6 +178,11 @@ def write_result(folder: Path, result: Result) -> Path:
     return path
 
 
+def baseline_column(baseline: str, column: str) -> str:
+    """Where a baseline's `prediction`, per-example metric or `bleu_stats` stands in a frame of examples."""
+    return f"baseline.{baseline}.{column}"
+
+
 def write_examples(folder: Path, key: str, examples: pd.DataFrame) -> Path:
     """Write the per-example outputs of a point beside its row.
 
@@ -182,7 +190,8 @@ def write_examples(folder: Path, key: str, examples: pd.DataFrame) -> Path:
         folder: the results folder.
         key: the point's key.
         examples: columns `id`, `prediction`, `references` (list of str), one column per metric that has per-example
-            scores, and for BLEU `bleu_stats`: sacrebleu's sufficient statistics (list of int), for paired tests.
+            scores, and for BLEU `bleu_stats`: sacrebleu's sufficient statistics (list of int), for paired tests. The
+            same columns of each trivial baseline, but `id` and `references`, stand under `baseline_column`.
     """
     path = folder / f"{key}.examples.parquet"
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,11 @@ def new_result(pipeline: Pipeline) -> Result:
         stages=stages,
         split=config.evaluation.split,
         metric=config.task.metric,
+        finetune={
+            **vars(config.finetune),
+            "max_input_tokens": config.task.max_input_tokens,
+            "max_target_tokens": config.task.max_target_tokens,
+        },
         parameters=geometry.num_parameters(),
         weight_bytes=geometry.num_parameters() * element,
         kv_cache_bytes_per_sample=geometry.kv_cache_bytes(timing.source_length, timing.output_length, element),

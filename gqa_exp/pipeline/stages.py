@@ -22,10 +22,11 @@ from gqa_exp.config import Config, PretrainConfig, kv_heads_per_layer, variant_l
 from gqa_exp.data.tasks import baseline_predictions, task_hash
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
-from gqa_exp.evaluation import bootstrap_interval, score
+from gqa_exp.evaluation import Scores, bootstrap_interval, score
 from gqa_exp.model import T5, conversion_report
 from gqa_exp.model.checkpoint import TRAINING, content_hash, load, read_config
 from gqa_exp.pipeline.store import Stage, Store, key_of
+from gqa_exp.results import baseline_column
 from gqa_exp.training.conversion import convert_state
 from gqa_exp.training.finetune import evaluate_split, finetune, generation_model, read_split
 from gqa_exp.training.loop import train
@@ -34,7 +35,8 @@ from gqa_exp.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = EVALUATE_VERSION = 1
+CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = 1
+EVALUATE_VERSION = 2
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
@@ -285,33 +287,33 @@ class Pipeline:
         label = f"evaluate {self.label} {config.proportion:g} {config.task.name}"
         evaluation = evaluate_split(model, config, split, self.tokenizer, progress=label)
         scores = evaluation.scores
-        baselines = baseline_predictions(config.task, split.dataset)
         low, high = bootstrap_interval(scores, metric)
-        examples = pd.DataFrame(
-            {
-                "id": list(split.dataset["id"]),
-                "prediction": evaluation.predictions,
-                "references": split.references,
-                **scores.per_example,
-            }
-        )
-        if scores.bleu_stats is not None:
-            examples["bleu_stats"] = scores.bleu_stats
-        examples.to_parquet(folder / EXAMPLES, index=False)
+        columns = {"id": list(split.dataset["id"]), "references": split.references}
+        columns |= example_columns(evaluation.predictions, scores)
+        baselines = {}
+        for name, predictions in baseline_predictions(config.task, split.dataset).items():
+            trivial = score(config.task.kind, predictions, split.references)
+            baselines[name] = trivial.metrics[metric]
+            for column, values in example_columns(predictions, trivial).items():
+                columns[baseline_column(name, column)] = values
+        pd.DataFrame(columns).to_parquet(folder / EXAMPLES, index=False)
         result = {
             "metrics": scores.metrics,
             "score_low": low,
             "score_high": high,
             "num_examples": scores.num_examples,
             "mean_generated_tokens": evaluation.mean_generated_tokens,
-            "baselines": {
-                name: score(config.task.kind, predictions, split.references).metrics[metric]
-                for name, predictions in baselines.items()
-            },
+            "baselines": baselines,
         }
         (folder / SCORES).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         logger.info("%s: %s %.2f (%.2f to %.2f)", label, metric, scores.metrics[metric], low, high)
         return {"seconds_generating": evaluation.seconds}
+
+
+def example_columns(predictions: Sequence[str], scores: Scores) -> dict[str, Any]:
+    """What is kept of each example: the text, and what its score is made of."""
+    statistics = {} if scores.bleu_stats is None else {"bleu_stats": scores.bleu_stats}
+    return {"prediction": list(predictions), **scores.per_example, **statistics}
 
 
 def _step_of(path: Path) -> int:

@@ -119,8 +119,8 @@ def gain_of_the_last_hour(curve: Sequence[Sequence[float]]) -> float | None:
     """By which share the last hour of training lowered the held-out loss; below 0.01 a base is trained enough.
 
     Args:
-        curve: rows (step, held-out loss, the same with inputs exchanged, seconds of training so far), oldest first; rows
-            without seconds, of older records, are left out.
+        curve: rows (step, held-out loss, the same with inputs exchanged, seconds of training so far), oldest first;
+            rows without seconds, of older records, are left out.
 
     Returns:
         1 - loss / loss an hour before (at the last look that is at least an hour old); None where there is none.

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import sacrebleu
 
-from gqa_exp.results import Result, write_examples, write_result
+from gqa_exp.results import Result, baseline_column, write_examples, write_result
 
 TASKS = {
     "debian_synopsis": ("summarization", "rouge1"),
@@ -46,6 +46,7 @@ class Rows:
         speedup: float | None = 1.0,
         examples: bool = True,
         noise_floor: float = 0.03,
+        baselines: dict[str, float] | None = None,
         **changes: Any,
     ) -> Result:
         label = {8: "MHA", 1: "MQA"}.get(kv_heads, f"GQA-{kv_heads}")
@@ -62,11 +63,18 @@ class Rows:
                 "source_length": 1024, "output_length": 64, "dtype": "bfloat16", "warning": None,
             }  # fmt: skip
         score = score_of(frame, metric)
+        trivial: dict[str, Any] = {"lead": 30.0}
+        if baselines is not None:  # with examples of their own
+            for name, value in baselines.items():
+                other = self._examples(task, metric, value, seed=99)
+                trivial[name] = score_of(other, metric)
+                for column in set(other) - {"id", "references"}:
+                    frame[baseline_column(name, column)] = other[column]
         values: dict[str, Any] = {
             "key": key, "status": "done", "sweep": "demo", "label": label, "model": "mini", "task": task,
             "task_kind": kind, "num_heads": 8, "num_kv_heads": [kv_heads] * 4, "method": "mean",
             "proportion": proportion, "seed": seed, "metric": metric, "score": score, "score_low": score - 1.5,
-            "score_high": score + 1.5, "num_examples": self.count, "baselines": {"lead": 30.0}, "time": time,
+            "score_high": score + 1.5, "num_examples": self.count, "baselines": trivial, "time": time,
             "parameters": 11_000_000 + kv_heads * 100_000, "kv_cache_bytes_per_sample": 70_000 * kv_heads,
             "environment": {"cpu": "A CPU", "gpu": None, "threads": 2}, "ended": "2026-01-01T00:00:00",
         }  # fmt: skip

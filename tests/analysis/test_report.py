@@ -17,7 +17,7 @@ from analysis.figures import frontier
 from analysis.report import main, report_markdown, write_report
 from analysis.stats import Estimate
 from analysis.study import Study, read_study
-from analysis.tables import console_table, frame, table_markdown
+from analysis.tables import console_table, frame, recipes, table_markdown
 from gqa_exp.errors import InputError
 from gqa_exp.results import read_examples, write_examples
 
@@ -213,6 +213,63 @@ def test_uptraining_claim_shows_what_mha_gains_from_the_same_steps(rows) -> None
     gain = claim(study, "MQA (0.02) scores above MQA (0)")
     assert gain.verdict == "supported"
     assert "MHA gains +" in gain.evidence
+
+
+@pytest.mark.parametrize("task", ["debian_synopsis", "en_de"])
+def test_mha_is_compared_with_trivial_baselines_on_the_same_examples(rows, task: str) -> None:
+    rows.add(8, 0.0, 34.0, task, baselines={"worse": 26.0, "alike": 34.02, "better": 45.0})
+    rows.add(1, 0.0, 30.0, task, baselines={"worse": 26.0})
+    study = read_study(rows.folder)
+    found = {name: claim(study, f"MHA (0) scores above the {name}") for name in ("worse", "alike", "better")}
+    assert [each.verdict for each in found.values()] == ["supported", "cannot tell", "not supported"]
+    assert not [each for each in all_claims(study) if each.statement.startswith("MQA (0) scores above the")]
+    mha, _ = rows.written
+    row = frame(study).iloc[0]
+    column = f"{task}.{mha.metric}.over_worse"
+    assert row[column] == pytest.approx(mha.score - mha.baselines["worse"])
+    assert 0 < row[f"{column}_low"] < row[column] < row[f"{column}_high"]
+    if task == "debian_synopsis":  # difficulties shared by both cancel: unpaired, their spread of 12 alone gives 6
+        assert row[f"{column}_high"] - row[f"{column}_low"] < 2.0
+    assert "## Paired differences to trivial baselines" in table_markdown(study)
+
+
+def test_a_baseline_that_does_not_belong_to_its_row_gives_no_interval(rows) -> None:
+    rows.add(8, 0.0, 34.0)  # a row of before baselines were kept by example
+    study = read_study(rows.folder)
+    assert not [each for each in all_claims(study) if "baseline" in each.statement]
+    assert "trivial baselines" not in table_markdown(study)
+    assert any("lead baseline on debian_synopsis) has no per-example" in note for note in study.notes)
+    rows.add(8, 0.0, 34.0, baselines={"lead": 31.0}, ended="2026-01-02T00:00:00")
+    key = rows.written[-1].key
+    examples = read_examples(rows.folder, key)
+    examples["baseline.lead.rouge1"] += 3.0
+    write_examples(rows.folder, key, examples)
+    assert any("lead baseline on debian_synopsis): its examples give" in note for note in noted(rows.folder))
+
+
+def noted(folder: Path) -> list[str]:
+    study = read_study(folder)
+    all_claims(study)
+    return study.notes
+
+
+def test_recipes_are_listed_best_on_dev_first_and_mixed_ones_are_noted(rows) -> None:
+    for lr, dev in ((1e-3, 20.0), (5e-3, 24.0), (2e-3, 23.0)):
+        recipe = {"lr": lr, "steps": 300, "batch_tokens": 2048, "max_input_tokens": 96}
+        training = {"finetune_best_step": 200, "finetune_seconds": 90.0}
+        rows.add(8, 0.0, 34.0, suffix=f"-{lr}", finetune=recipe, dev_score=dev, training=training)
+    header, listed = recipes(read_study(rows.folder))
+    shown = [dict(zip(header, row, strict=True)) for row in listed]
+    assert [row["lr"] for row in shown] == ["0.005", "0.002", "0.001"]
+    assert shown[0]["best dev score"] == "24.00"
+    assert (shown[0]["at step"], shown[0]["minutes"], shown[0]["patience"]) == ("200", "1.5", "-")
+    assert not [note for note in noted(rows.folder) if "one recipe" in note]  # one row is shown, the others superseded
+    rows.add(1, 0.0, 30.0, finetune={**recipe, "lr": 9e-3}, dev_score=10.0, training=training)
+    rows.add(2, 0.0, 30.0, finetune=recipe, dev_score=21.0, training={**training, "finetune_seconds": 120.0})
+    assert any("one recipe" in note for note in noted(rows.folder))
+    shown = [dict(zip(header, row, strict=True)) for row in recipes(read_study(rows.folder))[1]]
+    merged = next(row for row in shown if row["lr"] == "0.002")
+    assert (merged["rows"], merged["best dev score"], merged["minutes"]) == ("2", "21.00 to 23.00", "1.5 to 2.0")
 
 
 @pytest.mark.parametrize(

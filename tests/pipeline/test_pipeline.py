@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from gqa_exp.config import Config, CorpusConfig, PretrainConfig
 from gqa_exp.errors import InputError
+from gqa_exp.evaluation import score
 from gqa_exp.pipeline import stages
 from gqa_exp.pipeline.closing import close
 from gqa_exp.pipeline.plan import Plan
@@ -111,6 +112,11 @@ def test_point_row_and_sharing_between_tasks(make_config: Make, monkeypatch: pyt
     examples = read_examples(results_folder(config), row.key)
     assert examples["rouge1"].mean() == pytest.approx(row.score)
     assert set(row.baselines) == {"lead"}
+    assert examples["baseline.lead.rouge1"].mean() == pytest.approx(row.baselines["lead"])
+    again = score("summarization", list(examples["baseline.lead.prediction"]), list(map(list, examples["references"])))
+    assert again.per_example["rouge1"] == pytest.approx(list(examples["baseline.lead.rouge1"]))
+    assert row.finetune["lr"] == config.finetune.lr
+    assert row.finetune["max_input_tokens"] == 32
 
     other = make_config(num_kv_heads=2, proportion=0.1)
     other.task.name, other.task.kind, other.task.metric = "debian_cloze", "question answering", "f1"
