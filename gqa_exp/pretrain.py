@@ -3,11 +3,13 @@
 import logging
 from pathlib import Path
 
+from analysis.pretraining import read_training, write_curves
 from gqa_exp.cli import run_hydra
 from gqa_exp.config import Config
 from gqa_exp.data.tokenizer import default_tokenizer
 from gqa_exp.errors import InputError, command
 from gqa_exp.host import prepare
+from gqa_exp.pipeline.tracking import tracking
 from gqa_exp.training.pretrain import pretrain_base
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,11 @@ def pretrain(config: Config) -> None:
     prepare(config.trainer.threads)
     work = Path(config.output) / "pretrain" / config.model.name
     export = work / "base"
-    pretrain_base(config, default_tokenizer(), work, export)
+    name = f"pretrain {config.model.name} seed {config.seed}"
+    with tracking(config, name, "pretrain", "pretrain", [config.model.name], str(export)) as tracker:
+        pretrain_base(config, default_tokenizer(), work, export, tracker.loggers)
+    figure = write_curves([read_training(export, config.model.name)], work / "report")
+    logger.info("loss curves: %s", figure)
     logger.info("base checkpoint: %s; use it with model.base=%s", export, export)
 
 

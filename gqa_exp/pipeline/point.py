@@ -91,7 +91,10 @@ def run_point(config: Config, plan: Plan) -> Result:
         if known.status != "failed":
             logger.info("%s %g %s: in the store", known.label, known.proportion, known.task)
             return known
-    with tracking(config, result.label, result.key) as tracker:
+    proportion = f"{config.proportion:g}"
+    name = f"{result.label} {proportion} {config.task.name} seed {config.seed}"
+    tags = [result.label, f"proportion={proportion}", config.task.name]
+    with tracking(config, name, config.sweep, config.task.name, tags, result.key) as tracker:
         pipeline.trackers = tracker.loggers
         try:
             for stage in pipeline.stages():

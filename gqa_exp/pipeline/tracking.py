@@ -1,6 +1,6 @@
-"""Weights & Biases: one run per point, grouped by sweep, tagged so that a dashboard can filter; offline by default."""
+"""Weights & Biases: one run per point or base, grouped by sweep, tagged to be filtered by; offline by default."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,12 +31,15 @@ class Tracker:
 
 
 @contextmanager
-def tracking(config: Config, label: str, key: str) -> Iterator[Tracker]:
-    """A W&B run for one point, closed at the end.
+def tracking(config: Config, name: str, group: str, job: str, tags: Sequence[str], key: str) -> Iterator[Tracker]:
+    """A W&B run for one point or one base, closed at the end.
 
     Args:
         config: the point; `tracking.mode` decides whether anything is written, and where to.
-        label: the variant's name.
+        name: of the run.
+        group: what the dashboard shows together: a sweep.
+        job: kind of run: the task, or "pretrain".
+        tags: to filter by.
         key: the point's key, kept in the run's configuration to find its result row again.
     """
     if config.tracking.mode == "disabled":
@@ -51,16 +54,16 @@ def tracking(config: Config, label: str, key: str) -> Iterator[Tracker]:
         entity=config.tracking.entity,
         mode="offline" if config.tracking.mode == "offline" else "online",
         dir=folder,
-        group=config.sweep,
-        job_type=config.task.name,
-        name=f"{label} {config.proportion:g} {config.task.name} seed {config.seed}",
-        tags=[label, f"proportion={config.proportion:g}", config.task.name],
+        group=group,
+        job_type=job,
+        name=name,
+        tags=list(tags),
         config={**asdict(config), "key": key},
         settings=wandb.Settings(silent=True, console="off"),
     )
     try:
         # Each stage counts its own steps.
-        for stage in ("uptrain", "finetune"):
+        for stage in ("pretrain", "uptrain", "finetune"):
             run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         yield Tracker(WandbLogger(experiment=run))
     finally:

@@ -191,7 +191,10 @@ def pretrain_base(
         now.record.update(heldout_loss=loss, heldout_exchanged_loss=exchanged)
         curve = now.record.setdefault("heldout_curve", [])
         curve.append([now.step, loss["all"], exchanged["all"], round(now.record["seconds"], 3)])
-        gain = gain_of_the_last_hour(curve)
+        gain = now.record["heldout_gain"] = gain_of_the_last_hour(curve)
+        values = {"heldout_loss": loss["all"], "heldout_exchanged_loss": exchanged["all"], "step": now.step}
+        for tracker in trackers:
+            tracker.log_metrics({f"pretrain/{name}": value for name, value in values.items()})
         logger.info(
             "held-out loss %.4f, with inputs exchanged %.4f%s", loss["all"], exchanged["all"],
             "" if gain is None else f"; the last hour of training lowered it by {100 * gain:.1f} %",

@@ -1,0 +1,196 @@
+"""What pre-training records tell: how a base learned, how fast, whether it reads, and what an hour more would pay.
+
+Reads the `training.json` of checkpoint folders, one base or several beside each other (as in a search for a learning
+rate): `python -m analysis.pretraining FOLDER... --output DIR`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from analysis.study import number
+from analysis.tables import MISSING, markdown
+from gqa_exp.errors import InputError, Parser, command
+from gqa_exp.results import write_atomically
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette."""
+PARTS = 10
+SMOOTHING = 0.04
+"""Share of all reports that the smoothed training loss averages at each: a report is the loss of one step's batch."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A base's training record under a name."""
+
+    name: str
+    record: dict[str, Any]
+
+    def get(self, name: str) -> float | None:
+        """A number of the record; None where it has none."""
+        return number(self.record.get(name))
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Input and target tokens of a step."""
+        return float(self.record["tokens"]) / float(self.record["step"])
+
+    @property
+    def loss(self) -> list[tuple[float, float]]:
+        """Step and training loss (nats per target token), smoothed over neighbouring reports, the first one not."""
+        curve = np.array(self.record["curve"], dtype=float)
+        half = int(SMOOTHING * len(curve) / 2)
+        windows = (slice(i - min(i, half), i + min(i, half) + 1) for i in range(len(curve)))
+        return [(float(curve[i, 0]), float(curve[window, 1].mean())) for i, window in enumerate(windows)]
+
+    @property
+    def heldout(self) -> list[list[float]]:
+        """Rows of step, held-out loss, the same with inputs exchanged, and seconds where they were recorded."""
+        return [list(map(float, row)) for row in self.record.get("heldout_curve", [])]
+
+
+def read_training(folder: Path, name: str = "") -> Training:
+    """The training record of a checkpoint folder.
+
+    Args:
+        folder: holds training.json, as `gqa-pretrain` writes it.
+        name: what tables call it; the folder's own name by default, or its parents' where that says nothing.
+
+    Raises:
+        InputError: no such file, or no training record with a loss curve.
+    """
+    path = folder / "training.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        training = Training(name or _name_of(folder), record)
+        if not (record["curve"] and training.tokens_per_step > 0 and training.loss):
+            raise ValueError("an empty curve")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: no training record with a loss curve ({error!r}); give a base as gqa-pretrain exports it"
+        ) from error
+    return training
+
+
+def _name_of(folder: Path) -> str:
+    """TRIAL/pretrain/MODEL/base is known by the trial; anything else by its own name."""
+    parts = folder.resolve().parts
+    return parts[-4] if len(parts) > 4 and parts[-1] == "base" and parts[-3] == "pretrain" else parts[-1]
+
+
+def summary(trainings: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
+    """One row per base: recipe, length, rate, and where it ended."""
+    header = [
+        "base", "peak rate", "windows per step", "steps", "million tokens", "epochs", "tokens/s", "training loss",
+        "held-out loss", "inputs exchanged", "unigram", "gain of the last hour",
+    ]  # fmt: skip
+    rows = []
+    for training in trainings:
+        recipe = training.record.get("recipe", {}).get("pretrain", {})
+        gain = training.get("heldout_gain")
+        last = training.heldout[-1] if training.heldout else [None, None, None]
+        numbers = [
+            (number(recipe.get("peak_lr")), "g"), (number(recipe.get("batch_size")), "g"), (training.get("step"), "g"),
+            (training.record["tokens"] / 1e6, ".2f"), (training.get("epochs"), ".2f"),
+            (training.get("tokens_per_second"), ",.0f"), (training.loss[-1][1], ".3f"), (last[1], ".3f"),
+            (last[2], ".3f"), (training.get("heldout_unigram_loss"), ".3f"),
+            (None if gain is None else 100 * gain, ".1f"),
+        ]  # fmt: skip
+        texts = [MISSING if value is None else f"{value:{form}}" for value, form in numbers]
+        rows.append([training.name, *texts[:-1], MISSING if gain is None else f"{texts[-1]} %"])
+    return header, rows
+
+
+def curve(training: Training) -> tuple[list[str], list[list[str]]]:
+    """The loss at the start, at every tenth of the run and at its end, with the nearest look at the held-out loss."""
+    header = ["step", "million tokens", "training loss", "held-out loss", "inputs exchanged"]
+    end = float(training.record["step"])
+    rows = []
+    for part in range(PARTS + 1):
+        step, loss = min(training.loss, key=lambda entry: abs(entry[0] - end * part / PARTS))
+        look = min(training.heldout, key=lambda row: abs(row[0] - step), default=None)
+        near = look is not None and abs(look[0] - step) < 0.5 * end / PARTS
+        heldout = [f"{look[1]:.3f}", f"{look[2]:.3f}"] if look is not None and near else [MISSING, MISSING]
+        rows.append([f"{step:.0f}", f"{step * training.tokens_per_step / 1e6:.2f}", f"{loss:.3f}", *heldout])
+    return header, rows
+
+
+def write_curves(trainings: Sequence[Training], folder: Path) -> Path:
+    """Write pretraining.png and pretraining.md: the loss curves, and the figures to quote.
+
+    Args:
+        trainings: one, or several to compare.
+        folder: made if missing.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    parts = ["# Pre-training\n", "![Loss against tokens](pretraining.png)\n", markdown(*summary(trainings))]
+    parts.append(
+        "Losses are nats per target token; the training loss is that of steps' batches, smoothed over neighbouring "
+        f"reports ({100 * SMOOTHING:.0f} % of all). Inputs exchanged: held-out loss when each sample gets the input of "
+        "its neighbour; what it lies above the held-out loss is what the base gets from reading. Tokens/s are over the "
+        "recorded seconds, pauses of the process included.\n"
+    )
+    for training in trainings:
+        parts += [f"## {training.name}\n", markdown(*curve(training))]
+    figure_path = folder / "pretraining.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "pretraining.md", "\n".join(parts))
+        _draw(trainings, figure_path)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error}); give a folder that can be written") from error
+    return figure_path
+
+
+def _draw(trainings: Sequence[Training], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    for index, training in enumerate(trainings):
+        colour = COLOURS[index % len(COLOURS)]
+        million = training.tokens_per_step / 1e6
+        steps, losses = zip(*training.loss, strict=True)
+        axes.plot(np.array(steps) * million, losses, color=colour, linewidth=0.8, alpha=0.5, label=training.name)
+        if training.heldout:
+            looks = np.array([row[:3] for row in training.heldout])
+            axes.plot(looks[:, 0] * million, looks[:, 1], color=colour, marker="o", markersize=3, linewidth=1.4)
+            axes.plot(looks[:, 0] * million, looks[:, 2], color=colour, linestyle=":", linewidth=1.0)
+    axes.plot([], [], color="0.3", linewidth=0.8, alpha=0.5, label="training")
+    axes.plot([], [], color="0.3", marker="o", markersize=3, label="held out")
+    axes.plot([], [], color="0.3", linestyle=":", label="held out, inputs exchanged")
+    axes.set_xlabel("million tokens, inputs and targets")
+    axes.set_ylabel("loss, nats per target token")
+    axes.set_xscale("log" if max(len(training.loss) for training in trainings) > 100 else "linear")
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7.5, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@command
+def main() -> None:
+    """Entry point of `python -m analysis.pretraining`."""
+    parser = Parser(prog="python -m analysis.pretraining", description="Loss curves of bases, from training records.")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="checkpoint folders")
+    parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)")
+    arguments: argparse.Namespace = parser.parse_args()
+    print(write_curves([read_training(folder) for folder in arguments.folders], arguments.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Loss curves from training records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import pretraining
+from analysis.pretraining import curve, main, read_training, summary, write_curves
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """200 reports of 5 steps of 100 tokens; the loss falls by 0.01 with each, on top of a zigzag of 1."""
+    zigzag = [[5 * (i + 1), 8.0 - 0.01 * i + (1 if i % 2 else -1)] for i in range(200)]
+    looks = [[500, 6.1, 7.0], [1000, 5.5, 7.5, 4000.0]]
+    values = {
+        "step": 1000, "tokens": 100_000, "seconds": 50.0, "tokens_per_second": 2000.0, "epochs": 0.5, "curve": zigzag,
+        "heldout_curve": looks, "heldout_unigram_loss": 6.9, "heldout_gain": 0.0123,
+        "recipe": {"pretrain": {"peak_lr": 0.03, "batch_size": 4}},
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps(record(**changes)), encoding="utf-8")
+    return folder
+
+
+def test_the_summary_says_what_the_record_says(tmp_path: Path) -> None:
+    folder = write(tmp_path / "trial" / "pretrain" / "mini" / "base")
+    header, [row] = summary([read_training(folder)])
+    shown = dict(zip(header, row, strict=True))
+    assert shown["base"] == "trial"
+    assert [shown[name] for name in ("peak rate", "steps", "million tokens", "tokens/s")] == [
+        "0.03", "1000", "0.10", "2,000",
+    ]  # fmt: skip
+    assert [shown[name] for name in ("held-out loss", "inputs exchanged", "unigram")] == ["5.500", "7.500", "6.900"]
+    assert shown["gain of the last hour"] == "1.2 %"
+
+
+def test_a_bare_record_leaves_gaps(tmp_path: Path) -> None:
+    folder = write(tmp_path / "old", heldout_curve=[], recipe={}, heldout_gain=None)
+    header, [row] = summary([read_training(folder)])
+    shown = dict(zip(header, row, strict=True))
+    assert shown["base"] == "old"
+    assert {shown[name] for name in ("peak rate", "held-out loss", "gain of the last hour")} == {"-"}
+    assert all(row[3:] == ["-", "-"] for row in curve(read_training(folder))[1])
+
+
+def test_smoothing_takes_out_the_zigzag_and_keeps_the_fall(tmp_path: Path) -> None:
+    loss = read_training(write(tmp_path / "base")).loss
+    assert loss[0] == (5.0, 7.0)  # the first report as it is
+    for i in (50, 100, 150):  # nine neighbours of an odd number: the zigzag cancels but for one part in nine
+        assert loss[i][1] == pytest.approx(8.0 - 0.01 * i, abs=1 / 9 + 1e-9)
+
+
+def test_the_curve_has_a_row_per_tenth_with_the_look_that_is_near(tmp_path: Path) -> None:
+    _, rows = curve(read_training(write(tmp_path / "base")))
+    assert [row[0] for row in rows] == ["5", *(str(100 * part) for part in range(1, 11))]
+    assert rows[5][1:] == ["0.05", rows[5][2], "6.100", "7.000"]
+    assert rows[10][3] == "5.500"
+    assert [row[3] for row in rows if row[0] not in ("500", "1000")] == ["-"] * 9
+
+
+def test_command_writes_table_and_figure_of_several(tmp_path: Path, monkeypatch, capsys) -> None:
+    one, other = write(tmp_path / "one"), write(tmp_path / "other", heldout_curve=[])
+    output = tmp_path / "report"
+    monkeypatch.setattr("sys.argv", ["pretraining", str(one), str(other), "--output", str(output)])
+    main()
+    figure = output / "pretraining.png"
+    assert capsys.readouterr().out.strip() == str(figure)
+    assert figure.stat().st_size > 10_000
+    text = (output / "pretraining.md").read_text()
+    assert text.count("\n## ") == 2
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 0, "tokens": 0, "curve": [[1, 2]]}', '{"step": 5}'])
+def test_bad_records_are_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "training.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["pretraining", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    stderr = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert len(stderr.splitlines()) == 1
+    assert "no training record with a loss curve" in stderr
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pretraining.InputError, match="cannot write to"):
+        write_curves([read_training(write(tmp_path / "base"))], tmp_path / "file")
