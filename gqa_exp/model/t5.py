@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from gqa_exp.config import ModelConfig, kv_heads_per_layer
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
 
+RECOMPILE_LIMIT = 128
+"""Compiled versions of a layer that a process may hold."""
+
 
 @dataclass(frozen=True)
 class T5Config:
@@ -252,7 +255,12 @@ class T5(nn.Module):
                 module.dropout = probability
 
     def compile_layers(self) -> None:
-        """torch.compile each layer: layers of a stack share one compiled function, so compiling stays short."""
+        """torch.compile each layer: layers of a stack share one compiled function, so compiling stays short.
+
+        All layers of all models of a process count towards torch's limit of versions, 8 by default, beyond which they
+        run uncompiled. A sweep has a version per number of KV heads, kind of mask and mode; so the limit is raised.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in (*self.encoder.layers, *self.decoder.layers):
             layer.compile()
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from gqa_exp.config import ModelConfig
 from gqa_exp.errors import InputError
@@ -327,3 +328,26 @@ def test_output_matrix_is_not_the_embedding(tiny_model):
     ids = torch.randint(2, 60, (2, 5))
     hidden = model.decode(ids, model.encode(ids))
     torch.testing.assert_close(model(ids, ids), F.linear(hidden, model.lm_head.weight))
+
+
+def test_a_sweep_of_many_variants_stays_compiled(tiny_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Beyond torch's limit of versions it would run on uncompiled, with nothing but a warning among others.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    try:
+        for kv_heads in (4, 2, 1):
+            for length in (6, 8, 10):
+                model = T5(tiny_config(num_kv_heads=kv_heads))
+                model.compile_layers()
+                ids = torch.randint(3, 60, (2, length))
+                for mode, mask in ((True, None), (True, torch.ones_like(ids)), (False, torch.ones_like(ids))):
+                    model.train(mode)
+                    with torch.set_grad_enabled(mode):
+                        model(ids, ids[:, :4], mask)
+        assert frames["ok"] == frames["total"] > 8
+    finally:
+        torch._dynamo.reset()
