@@ -103,12 +103,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert said in lines[0]
 
 
-@pytest.mark.parametrize(("sweep", "points"), [
+@pytest.mark.parametrize(
+    ("sweep", "points"),
+    [
         ("demo", 12),
         ("recipes", 12),
         pytest.param("first_look", 24, marks=pytest.mark.slow),
         pytest.param("frontier", 192, marks=pytest.mark.slow),
-    ])
+    ],
+)
 def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) -> None:
     ((code, _, ran, checked),) = run_commands(["gqa-run", "-m", f"+sweeps={sweep}", f"output={tmp_path}"])
     distinct = points // 3 if sweep == "recipes" else points  # its points differ in a recipe's field
