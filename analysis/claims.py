@@ -185,7 +185,7 @@ def closure_claims(study: Study) -> list[Claim]:
 
 
 def baseline_claims(study: Study) -> list[Claim]:
-    """MHA against each task's trivial baselines: where it is not above them, the task says nothing of variants."""
+    """MHA against each task's trivial baselines: what its scores are worth before variants are compared."""
     claims = []
     for point in study.points:
         for task in study.tasks if point.variant.is_mha else ():

@@ -18,13 +18,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from analysis.figures import GQA_STYLES, MHA_STYLE, MQA_STYLE
 from analysis.study import number
 from analysis.tables import MISSING, markdown
 from gqa_exp.errors import InputError, Parser, command
 from gqa_exp.results import write_atomically
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette."""
+COLOURS = [colour for colour, _ in (MHA_STYLE, MQA_STYLE, *GQA_STYLES)]
 PARTS = 10
 SMOOTHING = 0.04
 """Share of all reports that the smoothed training loss averages at each: a report is the loss of one step's batch."""
@@ -40,6 +40,12 @@ class Training:
     def get(self, name: str) -> float | None:
         """A number of the record; None where it has none."""
         return number(self.record.get(name))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The pre-training recipe; empty where it was not recorded."""
+        recipe: dict[str, Any] = self.record.get("recipe", {}).get("pretrain", {})
+        return recipe
 
     @property
     def tokens_per_step(self) -> float:
@@ -76,7 +82,10 @@ def read_training(folder: Path, name: str = "") -> Training:
         training = Training(name or _name_of(folder), record)
         if not (record["curve"] and training.tokens_per_step > 0 and training.loss):
             raise ValueError("an empty curve")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        if any(len(row) < 3 for row in training.heldout):
+            raise ValueError("heldout_curve without step, loss and loss with inputs exchanged")
+        training.recipe.get("peak_lr")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise InputError(
             f"{path}: no training record with a loss curve ({error!r}); give a base as gqa-pretrain exports it"
         ) from error
@@ -84,9 +93,10 @@ def read_training(folder: Path, name: str = "") -> Training:
 
 
 def _name_of(folder: Path) -> str:
-    """TRIAL/pretrain/MODEL/base is known by the trial; anything else by its own name."""
+    """OUTPUT/pretrain/MODEL/base is known as OUTPUT/MODEL; anything else by its own name."""
     parts = folder.resolve().parts
-    return parts[-4] if len(parts) > 4 and parts[-1] == "base" and parts[-3] == "pretrain" else parts[-1]
+    exported = len(parts) > 4 and parts[-1] == "base" and parts[-3] == "pretrain"
+    return f"{parts[-4]}/{parts[-2]}" if exported else parts[-1]
 
 
 def summary(trainings: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
@@ -97,7 +107,7 @@ def summary(trainings: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
     ]  # fmt: skip
     rows = []
     for training in trainings:
-        recipe = training.record.get("recipe", {}).get("pretrain", {})
+        recipe = training.recipe
         gain = training.get("heldout_gain")
         last = training.heldout[-1] if training.heldout else [None, None, None]
         numbers = [
@@ -113,16 +123,21 @@ def summary(trainings: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
 
 
 def curve(training: Training) -> tuple[list[str], list[list[str]]]:
-    """The loss at the start, at every tenth of the run and at its end, with the nearest look at the held-out loss."""
+    """The loss at the start, at about every tenth of the run and at its end.
+
+    Where the held-out loss was looked at, the rows are looks, so that all losses of a row are those of one step.
+    """
     header = ["step", "million tokens", "training loss", "held-out loss", "inputs exchanged"]
     end = float(training.record["step"])
+    looks = {row[0]: (f"{row[1]:.3f}", f"{row[2]:.3f}") for row in training.heldout}
+    reported = [step for step, _ in training.loss]
+    choices = sorted(set(looks) & set(reported)) or reported  # a look follows a report of its step
+    tenths = [min(choices, key=lambda step: abs(step - end * part / PARTS)) for part in range(1, PARTS + 1)]
+    losses = dict(training.loss)
     rows = []
-    for part in range(PARTS + 1):
-        step, loss = min(training.loss, key=lambda entry: abs(entry[0] - end * part / PARTS))
-        look = min(training.heldout, key=lambda row: abs(row[0] - step), default=None)
-        near = look is not None and abs(look[0] - step) < 0.5 * end / PARTS
-        heldout = [f"{look[1]:.3f}", f"{look[2]:.3f}"] if look is not None and near else [MISSING, MISSING]
-        rows.append([f"{step:.0f}", f"{step * training.tokens_per_step / 1e6:.2f}", f"{loss:.3f}", *heldout])
+    for step in dict.fromkeys([reported[0], *tenths]):
+        million = f"{step * training.tokens_per_step / 1e6:.2f}"
+        rows.append([f"{step:.0f}", million, f"{losses[step]:.3f}", *looks.get(step, (MISSING, MISSING))])
     return header, rows
 
 
@@ -170,8 +185,9 @@ def _draw(trainings: Sequence[Training], path: Path) -> None:
             axes.plot(looks[:, 0] * million, looks[:, 1], color=colour, marker="o", markersize=3, linewidth=1.4)
             axes.plot(looks[:, 0] * million, looks[:, 2], color=colour, linestyle=":", linewidth=1.0)
     axes.plot([], [], color="0.3", linewidth=0.8, alpha=0.5, label="training")
-    axes.plot([], [], color="0.3", marker="o", markersize=3, label="held out")
-    axes.plot([], [], color="0.3", linestyle=":", label="held out, inputs exchanged")
+    if any(training.heldout for training in trainings):
+        axes.plot([], [], color="0.3", marker="o", markersize=3, label="held out")
+        axes.plot([], [], color="0.3", linestyle=":", label="held out, inputs exchanged")
     axes.set_xlabel("million tokens, inputs and targets")
     axes.set_ylabel("loss, nats per target token")
     axes.set_xscale("log" if max(len(training.loss) for training in trainings) > 100 else "linear")

@@ -190,8 +190,8 @@ class Study:
             return None
         try:
             examples = read_examples(self.folder, result.key)
-            if baseline and baseline_column(baseline, "prediction") not in examples:  # a row of before these were kept
-                self.note(missing)
+            if baseline and baseline_column(baseline, "prediction") not in examples:
+                self.note(f"Some rows on {result.task} are of before the {baseline} baseline was kept by example.")
                 return None
             scores = example_scores(examples, result.metric, baseline)
         except (ValueError, TypeError, OSError) as error:
@@ -295,16 +295,17 @@ class Study:
     def over_baseline(self, point: Point, task: Task, baseline: str) -> Estimate | None:
         """Paired difference between a point and a trivial baseline on the same examples; None without examples.
 
-        Where a task cannot tell a trained model from no model, it tells nothing of variants either.
+        None too where some seed has no scores of the baseline by example: the difference would be another's.
         """
-        both: tuple[dict[int, ExampleScores], dict[int, ExampleScores]] = ({}, {})
-        for seed, result in point.runs.get(task, {}).items():
-            own, trivial = self.examples(result), self.examples(result, baseline)
-            if own is not None and trivial is not None:
-                both[0][seed], both[1][seed] = own, trivial
-        if not both[0]:
+        own = {seed: self.examples(result) for seed, result in point.runs.get(task, {}).items()}
+        trivial = {seed: self.examples(result, baseline) for seed, result in point.runs.get(task, {}).items()}
+        both = [{seed: each for seed, each in side.items() if each is not None} for side in (own, trivial)]
+        if not own or any(len(side) < len(own) for side in both):
             return None
-        ours, theirs = paired_draws(both, stream=f"{task.name}/{task.split}")
+        try:
+            ours, theirs = paired_draws(both, stream=f"{task.name}/{task.split}")
+        except ValueError:  # seeds without an example in common
+            return None
         return (ours - theirs).estimate()
 
     def baselines(self, task: Task) -> dict[str, float]:
@@ -338,6 +339,27 @@ def finished(result: Result) -> bool:
 def task_of(result: Result) -> Task:
     """What the row's score may be compared within."""
     return Task(result.task_kind, result.task, result.split, result.metric)
+
+
+def recipe_of(result: Result) -> tuple[tuple[str, Scalar], ...]:
+    """How the row was fine-tuned; empty for rows that do not record it."""
+    return tuple(sorted(result.finetune.items()))
+
+
+def _preferred(earlier: Result, later: Result) -> tuple[Result, str]:
+    """Which of two rows of one point, task and seed is shown, and what to say of the other.
+
+    Of two recipes the one that did better on dev; otherwise the later row, which another code or machine computed.
+    """
+    what = f"({later.label} on {later.task}, proportion {later.proportion:g}, seed {later.seed})"
+    scores = (number(earlier.dev_score), number(later.dev_score))
+    if recipe_of(earlier) != recipe_of(later) and scores[0] is not None and scores[1] is not None:
+        kept, other = (earlier, later) if scores[0] >= scores[1] else (later, earlier)
+        return kept, (
+            f"{other.key} {what} was fine-tuned by another recipe than {kept.key}, which did better on dev "
+            f"({kept.dev_score:.2f} against {other.dev_score:.2f}) and is shown."
+        )
+    return later, f"{earlier.key} {what} is superseded by the later {later.key} and not shown."
 
 
 def variant_of(result: Result) -> Variant:
@@ -416,10 +438,8 @@ def build_study(folder: Path, results: list[Result]) -> Study:
         tasks.add(task)
         runs = point.runs.setdefault(task, {})
         if result.seed in runs:
-            notes.append(
-                f"{runs[result.seed].key} ({result.label} on {result.task}, proportion {result.proportion:g}, seed "
-                f"{result.seed}) is superseded by the later {result.key} and not shown."
-            )
+            result, note = _preferred(runs[result.seed], result)
+            notes.append(note)
         runs[result.seed] = result
     for point in points.values():
         timed = [result for result in point.rows if setting is not None and time_setting(result) == setting]
@@ -428,9 +448,9 @@ def build_study(folder: Path, results: list[Result]) -> Study:
             if warning := point.time.get("warning"):
                 notes.append(f"Timing: {warning}.")
     for task in sorted(tasks):
-        shown = [run for point in points.values() for run in point.runs.get(task, {}).values() if run.finetune]
-        if len({tuple(sorted(run.finetune.items())) for run in shown}) > 1:
-            notes.append(f"{task.title}: the points were not all fine-tuned by one recipe, so they hardly compare.")
+        used = {recipe_of(run) for point in points.values() for run in point.runs.get(task, {}).values()}
+        if len(used) > 1:  # a row that does not say how it was fine-tuned counts as another recipe
+            notes.append(f"{task.title}: not all rows say that they were fine-tuned alike, so they hardly compare.")
     jobs = {result.stages.get("time") for point in points.values() for result in point.rows if result.time}
     if len(jobs - {None}) > 1:
         notes.append("Times come from several timing jobs: speed-ups compare, seconds only as far as the machine held.")

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.stats import Estimate
-from analysis.study import METRIC_NAMES, Point, Study, Task, finished, number, task_of
+from analysis.study import METRIC_NAMES, Point, Study, Task, finished, number, recipe_of, task_of
 from gqa_exp.results import Result, Scalar
 
 NOT_MEASURED = "not measured"
@@ -59,9 +59,9 @@ def frame(study: Study) -> pd.DataFrame:
             _put(row, column, study.score(point, task))
             if task:
                 row[f"{column}_spread"] = study.spread(point, task)
+                for name in study.baselines(task):
+                    _put(row, f"{column}.over_{name}", study.over_baseline(point, task, name))
                 row[f"{column}_examples"] = max((r.num_examples for r in point.runs.get(task, {}).values()), default=0)
-            for name in study.baselines(task) if task else ():
-                _put(row, f"{column}.over_{name}", study.over_baseline(point, task, name) if task else None)
             _put(row, f"{column}.difference", study.difference(point, reference, task) if reference else None)
             different = base is not None and base is not point
             _put(
@@ -176,32 +176,46 @@ def over_baselines(study: Study) -> tuple[list[str], list[list[str]]]:
 
 
 def recipes(study: Study) -> tuple[list[str], list[list[str]]]:
-    """How the points of each task were fine-tuned, one row per distinct recipe, with what it gave on dev.
+    """How the rows of each task were fine-tuned, one line per distinct recipe, with what it gave on dev.
 
-    A search over recipes is read from here; in a comparison of variants there is one row per task.
+    A search over recipes is read from here, diverged ones included; in a comparison of variants there is one line per
+    task. The best mean over its rows stands first. The dev score is that of the kept checkpoint, hence the best of
+    several looks; the score is that of the row.
     """
     found: dict[tuple[Task, tuple[tuple[str, Scalar], ...]], list[Result]] = {}
     for result in study.results:
-        if finished(result) and result.finetune:
-            found.setdefault((task_of(result), tuple(sorted(result.finetune.items()))), []).append(result)
+        if result.finetune:
+            found.setdefault((task_of(result), recipe_of(result)), []).append(result)
     names = {"max_input_tokens": "input", "max_target_tokens": "target", "batch_tokens": "tokens per step"}
-    fields = ("max_input_tokens", "max_target_tokens", "steps", "batch_tokens", "lr", "dropout", "patience")
-    header = ["task", *(names.get(name, name) for name in fields), "rows", "best dev score", "at step", "minutes"]
-    rows = []
-    for task in study.tasks:
-        mine = [(dict(recipe), results) for (other, recipe), results in found.items() if other == task]
-        for recipe, results in sorted(mine, key=lambda entry: -max(number(r.dev_score) or 0.0 for r in entry[1])):
-            rows.append(
-                [
-                    task.title,
-                    *(_plain(recipe.get(name)) for name in fields),
-                    str(len(results)),
-                    _span([number(result.dev_score) for result in results], 2),
-                    _span([number(result.training.get("finetune_best_step")) for result in results], 0),
-                    _span([_minutes(result) for result in results], 1),
-                ]
-            )
-    return header, rows
+    always = ("max_input_tokens", "max_target_tokens", "steps", "batch_tokens", "lr", "dropout", "patience")
+    varied = {name for _, recipe in found for name, _ in recipe if len({dict(r).get(name) for _, r in found}) > 1}
+    fields = [*always, *sorted(varied - set(always))]
+    header = [
+        "task",
+        *(names.get(name, name) for name in fields),
+        "rows",
+        "best dev score",
+        "at step",
+        "score",
+        "minutes",
+    ]
+    lines: list[tuple[int, float, list[str]]] = []
+    order = {task: rank for rank, task in enumerate(study.tasks)}
+    for (task, recipe), results in found.items():
+        scores = [score for result in results if (score := number(result.dev_score)) is not None]
+        statuses = sorted({result.status for result in results if not finished(result)})
+        cells = [
+            task.title,
+            *(_plain(dict(recipe).get(name)) for name in fields),
+            str(len(results)) + (f" ({', '.join(statuses)})" if statuses else ""),
+            _span(scores, 2),
+            _span([number(result.training.get("finetune_best_step")) for result in results], 0),
+            _span([number(result.score) for result in results], 2),
+            _span([_minutes(result) for result in results], 1),
+        ]
+        mean = sum(scores) / len(scores) if scores else float("-inf")
+        lines.append((order.get(task, len(order)), -mean, cells))
+    return header, [cells for *_, cells in sorted(lines, key=lambda line: line[:2])]
 
 
 def _minutes(result: Result) -> float | None:

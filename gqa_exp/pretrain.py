@@ -8,7 +8,7 @@ from gqa_exp.cli import run_hydra
 from gqa_exp.config import Config
 from gqa_exp.data.tokenizer import default_tokenizer
 from gqa_exp.errors import InputError, command
-from gqa_exp.host import prepare
+from gqa_exp.host import first_process, prepare
 from gqa_exp.pipeline.tracking import tracking
 from gqa_exp.training.pretrain import pretrain_base
 
@@ -31,6 +31,8 @@ def pretrain(config: Config) -> None:
     name = f"pretrain {config.model.name} seed {config.seed}"
     with tracking(config, name, "pretrain", "pretrain", [config.model.name], str(export)) as tracker:
         pretrain_base(config, default_tokenizer(), work, export, tracker.loggers)
+    if not first_process():
+        return
     figure = write_curves([read_training(export, config.model.name)], work / "report")
     logger.info("loss curves: %s", figure)
     logger.info("base checkpoint: %s; use it with model.base=%s", export, export)

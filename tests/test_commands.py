@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gqa_exp.cli import ROOT, compose
+from gqa_exp.config import Config
 from gqa_exp.errors import InputError
 
 CHOICES = [
@@ -48,6 +49,16 @@ def test_bad_overrides(overrides: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_brings_its_recipe_and_a_sweep_may_replace_it() -> None:
+    own = {name: compose([f"task={name}"]) for name in ("debian_synopsis", "en_de")}
+    assert own["en_de"].finetune.lr != own["debian_synopsis"].finetune.lr
+    assert own["en_de"].finetune.dropout == 0.0 != Config().finetune.dropout
+    demo = compose(["+sweeps=demo", "task=en_de"])
+    assert (demo.task.max_input_tokens, demo.finetune.steps, demo.finetune.lr) == (96, 300, 7e-3)
+    assert demo.finetune.patience == own["en_de"].finetune.patience
+    assert compose(["+sweeps=demo", "task=en_de", "finetune.lr=1e-4"]).finetune.lr == 1e-4
 
 
 SCRIPT = """
@@ -107,14 +118,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ("sweep", "points"),
     [
         ("demo", 12),
-        ("recipes", 12),
+        ("recipes", 16),
         pytest.param("first_look", 24, marks=pytest.mark.slow),
         pytest.param("frontier", 192, marks=pytest.mark.slow),
     ],
 )
 def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) -> None:
     ((code, _, ran, checked),) = run_commands(["gqa-run", "-m", f"+sweeps={sweep}", f"output={tmp_path}"])
-    distinct = points // 3 if sweep == "recipes" else points  # its points differ in a recipe's field
+    distinct = points // 4 if sweep == "recipes" else points  # its points differ in a recipe's field
     assert (code, ran, len(checked), len({tuple(point) for point in checked})) == (0, points, points, distinct)
     if sweep == "demo":
         assert {tuple(point[:2]) for point in checked} == {(8, 0.01), (2, 0.01), (1, 0.01), (1, 0.0)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from gqa_exp.config import Config
+from gqa_exp.host import first_process
 from gqa_exp.results import Result
 
 
@@ -40,9 +41,9 @@ def tracking(config: Config, name: str, group: str, job: str, tags: Sequence[str
         group: what the dashboard shows together: a sweep.
         job: kind of run: the task, or "pretrain".
         tags: to filter by.
-        key: the point's key, kept in the run's configuration to find its result row again.
+        key: kept in the run's configuration, to find what it left: a point's key, a base's folder.
     """
-    if config.tracking.mode == "disabled":
+    if config.tracking.mode == "disabled" or not first_process():
         yield Tracker(None)
         return
     import wandb

@@ -140,7 +140,6 @@ class _Watch(L.Callback):
         assert isinstance(pl_module, TextToText)
         self.began = self.reported = self.saved = time.perf_counter()
         self.reported_step = pl_module.step
-        self.paused = 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,11 +171,12 @@ class _Watch(L.Callback):
         if not math.isfinite(loss):
             raise Diverged(recipe.stage, step)
         seconds, steps = now - self.reported, step - self.reported_step
-        record["tokens"] = record.get("tokens", 0) + module.tokens
+        tokens = module.tokens * trainer.world_size  # ranks share each batch's rows evenly
+        record["tokens"] = record.get("tokens", 0) + tokens
         record["seconds"] = record.get("seconds", 0.0) + seconds
         record["loss"] = loss
         record.setdefault("curve", []).append([step, round(loss, 4)])
-        rate = module.tokens / seconds
+        rate = tokens / seconds
         left = (recipe.stop - step) * seconds / max(steps, 1)
         logger.info(
             "%s: step %d/%d, loss %.3f, %.0f tokens/s, %s left",

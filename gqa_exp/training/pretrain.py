@@ -116,20 +116,21 @@ def exchange_inputs(sets: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
 
 
 def gain_of_the_last_hour(curve: Sequence[Sequence[float]]) -> float | None:
-    """By which share the last hour of training lowered the held-out loss; below 0.01 a base is trained enough.
+    """By which share the last hour lowered the held-out loss.
 
     Args:
         curve: rows (step, held-out loss, the same with inputs exchanged, seconds of training so far), oldest first;
-            rows without seconds, of older records, are left out.
+            rows without seconds, of older records, are left out. The seconds are the clock's: where the process was
+            paused or shared its cores, an hour holds less training.
 
     Returns:
-        1 - loss / loss an hour before (at the last look that is at least an hour old); None where there is none.
+        1 - loss / loss an hour before, the latter interpolated between looks; None after less than an hour.
     """
     timed = [(row[3], row[1]) for row in curve if len(row) > 3]
-    if not timed:
+    if not timed or timed[0][0] > timed[-1][0] - HOUR:
         return None
-    earlier = [loss for seconds, loss in timed if seconds <= timed[-1][0] - HOUR]
-    return 1 - timed[-1][1] / earlier[-1] if earlier else None
+    seconds, losses = zip(*timed, strict=True)
+    return float(1 - losses[-1] / np.interp(seconds[-1] - HOUR, seconds, losses))
 
 
 def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], tokenizer: Tokenizer) -> float:
@@ -197,7 +198,7 @@ def pretrain_base(
             tracker.log_metrics({f"pretrain/{name}": value for name, value in values.items()})
         logger.info(
             "held-out loss %.4f, with inputs exchanged %.4f%s", loss["all"], exchanged["all"],
-            "" if gain is None else f"; the last hour of training lowered it by {100 * gain:.1f} %",
+            "" if gain is None else f"; the last hour changed it by {-100 * gain:+.1f} %",
         )  # fmt: skip
         return False
 

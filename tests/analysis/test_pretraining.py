@@ -32,7 +32,7 @@ def test_the_summary_says_what_the_record_says(tmp_path: Path) -> None:
     folder = write(tmp_path / "trial" / "pretrain" / "mini" / "base")
     header, [row] = summary([read_training(folder)])
     shown = dict(zip(header, row, strict=True))
-    assert shown["base"] == "trial"
+    assert shown["base"] == "trial/mini"
     assert [shown[name] for name in ("peak rate", "steps", "million tokens", "tokens/s")] == [
         "0.03", "1000", "0.10", "2,000",
     ]  # fmt: skip
@@ -46,7 +46,9 @@ def test_a_bare_record_leaves_gaps(tmp_path: Path) -> None:
     shown = dict(zip(header, row, strict=True))
     assert shown["base"] == "old"
     assert {shown[name] for name in ("peak rate", "held-out loss", "gain of the last hour")} == {"-"}
-    assert all(row[3:] == ["-", "-"] for row in curve(read_training(folder))[1])
+    rows = curve(read_training(folder))[1]
+    assert [row[0] for row in rows] == ["5", *(str(100 * part) for part in range(1, 11))]
+    assert all(row[3:] == ["-", "-"] for row in rows)
 
 
 def test_smoothing_takes_out_the_zigzag_and_keeps_the_fall(tmp_path: Path) -> None:
@@ -56,12 +58,16 @@ def test_smoothing_takes_out_the_zigzag_and_keeps_the_fall(tmp_path: Path) -> No
         assert loss[i][1] == pytest.approx(8.0 - 0.01 * i, abs=1 / 9 + 1e-9)
 
 
-def test_the_curve_has_a_row_per_tenth_with_the_look_that_is_near(tmp_path: Path) -> None:
-    _, rows = curve(read_training(write(tmp_path / "base")))
-    assert [row[0] for row in rows] == ["5", *(str(100 * part) for part in range(1, 11))]
-    assert rows[5][1:] == ["0.05", rows[5][2], "6.100", "7.000"]
-    assert rows[10][3] == "5.500"
-    assert [row[3] for row in rows if row[0] not in ("500", "1000")] == ["-"] * 9
+def test_all_losses_of_a_row_are_of_one_step(tmp_path: Path) -> None:
+    training = read_training(
+        write(tmp_path / "base", heldout_curve=[[350, 6.1, 7.0], [700, 5.8, 7.2], [1000, 5.5, 7.5]])
+    )
+    _, rows = curve(training)
+    losses = dict(training.loss)
+    assert [row[0] for row in rows] == ["5", "350", "700", "1000"]
+    assert [row[2] for row in rows] == [f"{losses[float(row[0])]:.3f}" for row in rows]
+    assert [row[3:] for row in rows] == [["-", "-"], ["6.100", "7.000"], ["5.800", "7.200"], ["5.500", "7.500"]]
+    assert [row[1] for row in rows[1:]] == ["0.04", "0.07", "0.10"]  # 100 tokens a step
 
 
 def test_command_writes_table_and_figure_of_several(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -76,7 +82,20 @@ def test_command_writes_table_and_figure_of_several(tmp_path: Path, monkeypatch,
     assert text.count("\n## ") == 2
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 0, "tokens": 0, "curve": [[1, 2]]}', '{"step": 5}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        '{"step": 0, "tokens": 0, "curve": [[1, 2]]}',
+        '{"step": 5}',
+        json.dumps(record(heldout_curve=[[500, 6.1]])),
+        json.dumps(record(heldout_curve=None)),
+        json.dumps(record(recipe=None)),
+        json.dumps(record(curve=[])),
+    ],
+)
 def test_bad_records_are_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys, content: str | None) -> None:
     if content is not None:
         (tmp_path / "training.json").write_text(content)

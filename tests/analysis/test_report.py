@@ -238,7 +238,7 @@ def test_a_baseline_that_does_not_belong_to_its_row_gives_no_interval(rows) -> N
     study = read_study(rows.folder)
     assert not [each for each in all_claims(study) if "baseline" in each.statement]
     assert "trivial baselines" not in table_markdown(study)
-    assert any("lead baseline on debian_synopsis) has no per-example" in note for note in study.notes)
+    assert [note for note in study.notes if "before the lead baseline was kept" in note]
     rows.add(8, 0.0, 34.0, baselines={"lead": 31.0}, ended="2026-01-02T00:00:00")
     key = rows.written[-1].key
     examples = read_examples(rows.folder, key)
@@ -253,23 +253,50 @@ def noted(folder: Path) -> list[str]:
     return study.notes
 
 
-def test_recipes_are_listed_best_on_dev_first_and_mixed_ones_are_noted(rows) -> None:
-    for lr, dev in ((1e-3, 20.0), (5e-3, 24.0), (2e-3, 23.0)):
-        recipe = {"lr": lr, "steps": 300, "batch_tokens": 2048, "max_input_tokens": 96}
-        training = {"finetune_best_step": 200, "finetune_seconds": 90.0}
-        rows.add(8, 0.0, 34.0, suffix=f"-{lr}", finetune=recipe, dev_score=dev, training=training)
-    header, listed = recipes(read_study(rows.folder))
-    shown = [dict(zip(header, row, strict=True)) for row in listed]
-    assert [row["lr"] for row in shown] == ["0.005", "0.002", "0.001"]
-    assert shown[0]["best dev score"] == "24.00"
+RECIPE = {"lr": 2e-3, "steps": 300, "batch_tokens": 2048, "max_input_tokens": 96}
+TRAINED = {"finetune_best_step": 200, "finetune_seconds": 90.0}
+
+
+def listed(folder: Path) -> list[dict[str, str]]:
+    header, rows = recipes(read_study(folder))
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_a_search_lists_every_recipe_and_shows_the_best_on_dev(rows) -> None:
+    for lr, dev, quality in ((1e-3, 20.0, 36.0), (5e-3, 24.0, 34.0), (2e-3, 23.0, 35.0)):
+        recipe = {**RECIPE, "lr": lr}
+        rows.add(8, 0.0, quality, suffix=f"-{lr}", finetune=recipe, dev_score=dev, training=TRAINED)
+    rows.add(
+        8, 0.0, 30.0, suffix="-diverged", finetune={**RECIPE, "lr": 0.1}, status="diverged", score=None, examples=False
+    )
+    shown = listed(rows.folder)
+    assert [row["lr"] for row in shown] == ["0.005", "0.002", "0.001", "0.1"]
+    assert (shown[0]["best dev score"], shown[0]["score"]) == ("24.00", f"{rows.written[1].score:.2f}")
     assert (shown[0]["at step"], shown[0]["minutes"], shown[0]["patience"]) == ("200", "1.5", "-")
-    assert not [note for note in noted(rows.folder) if "one recipe" in note]  # one row is shown, the others superseded
-    rows.add(1, 0.0, 30.0, finetune={**recipe, "lr": 9e-3}, dev_score=10.0, training=training)
-    rows.add(2, 0.0, 30.0, finetune=recipe, dev_score=21.0, training={**training, "finetune_seconds": 120.0})
-    assert any("one recipe" in note for note in noted(rows.folder))
-    shown = [dict(zip(header, row, strict=True)) for row in recipes(read_study(rows.folder))[1]]
-    merged = next(row for row in shown if row["lr"] == "0.002")
-    assert (merged["rows"], merged["best dev score"], merged["minutes"]) == ("2", "21.00 to 23.00", "1.5 to 2.0")
+    assert (shown[3]["rows"], shown[3]["best dev score"]) == ("1 (diverged)", "-")
+    study = read_study(rows.folder)
+    assert frame(study)["debian_synopsis.rouge1"].iloc[0] == rows.written[1].score  # neither the last nor the highest
+    assert sum("did better on dev" in note for note in study.notes) == 2
+    assert not [note for note in study.notes if "fine-tuned alike" in note]
+
+
+def test_points_that_were_not_fine_tuned_alike_are_noted(rows) -> None:
+    rows.add(8, 0.0, 34.0, finetune=RECIPE, dev_score=23.0, training=TRAINED)
+    rows.add(2, 0.0, 30.0, finetune=RECIPE, dev_score=21.0, training={**TRAINED, "finetune_seconds": 120.0})
+    [alike] = listed(rows.folder)
+    assert (alike["rows"], alike["best dev score"], alike["minutes"]) == ("2", "21.00 to 23.00", "1.5 to 2.0")
+    assert not [note for note in noted(rows.folder) if "fine-tuned alike" in note]
+    rows.add(1, 0.0, 30.0)  # a row that does not say
+    assert any("debian_synopsis, ROUGE-1: not all rows say" in note for note in noted(rows.folder))
+    rows.add(1, 0.0, 30.0, finetune={**RECIPE, "dropout": 0.1}, dev_score=22.0, ended="2026-01-03T00:00:00")
+    assert any("fine-tuned alike" in note for note in noted(rows.folder))
+
+
+def test_recipes_rank_by_the_mean_over_their_rows(rows) -> None:
+    for seed, (lucky, steady) in enumerate(((26.0, 24.0), (20.0, 23.9))):
+        for lr, dev in ((1e-3, lucky), (2e-3, steady)):
+            rows.add(8, 0.0, 34.0, seed=seed, suffix=f"-{lr}", finetune={**RECIPE, "lr": lr}, dev_score=dev)
+    assert [row["lr"] for row in listed(rows.folder)] == ["0.002", "0.001"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ Load = Callable[..., list[dict[str, object]]]
 
 
 def config(name: str, **changes: object) -> TaskConfig:
-    return TaskConfig(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), **changes})
+    return TaskConfig(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text())["task"], **changes})
 
 
 def sampled(table: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -159,7 +159,7 @@ def test_a_synopsis_belongs_to_its_description(by_name, load):
 
 def test_many_documents_are_all_packages_of_a_source(by_name, load):
     rows = load("debian_multi", "train")
-    assert max(len(row["input"].split()) for row in rows) > 400
+    assert max(len(row["input"].split()) for row in rows) > 200
     for row in rows[:50]:
         members = [p for p in by_name.values() if p["source"] == row["id"]]
         blocks = row["input"].removeprefix("summarize: ").split("\n")

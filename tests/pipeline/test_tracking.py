@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 from wandb.proto.wandb_internal_pb2 import Record
 
 from gqa_exp.config import Config
@@ -56,6 +57,13 @@ def test_an_offline_run_holds_name_group_tags_and_what_was_logged(config: Config
 
 def test_disabled_writes_nothing(config: Config, tmp_path: Path) -> None:
     config.tracking.mode = "disabled"
+    with tracking(config, "name", "group", "job", [], "key") as tracker:
+        assert tracker.loggers == []
+    assert not (tmp_path / "tracking").exists()
+
+
+def test_of_several_processes_only_the_first_has_a_run(config: Config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     with tracking(config, "name", "group", "job", [], "key") as tracker:
         assert tracker.loggers == []
     assert not (tmp_path / "tracking").exists()

@@ -1,13 +1,18 @@
 """Pre-training of a base: what it starts from, and what its record says of reading."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers.logger import DummyLogger
 
+from gqa_exp import pretrain as pretrain_command
 from gqa_exp.config import Config
 from gqa_exp.data.corpus import heldout_batches
 from gqa_exp.data.tokenizer import default_tokenizer
@@ -73,10 +78,12 @@ def test_the_record_tells_the_heldout_loss_and_what_other_inputs_make_of_it(conf
     assert 0 < times[0] < times[1] == pytest.approx(record["seconds"], abs=1e-3)
 
 
-def test_the_gain_of_the_last_hour_is_against_the_last_look_an_hour_ago() -> None:
-    curve = [[500, 5.0, 6.0], [1000, 4.0, 6.0, 900.0], [1500, 3.5, 6.0, 1800.0], [2000, 3.0, 6.0, 4700.0]]
+def test_the_gain_of_the_last_hour_is_against_the_loss_an_hour_ago() -> None:
+    curve = [[500, 5.0, 6.0], [1000, 4.0, 6.0, 900.0], [1500, 3.5, 6.0, 1800.0], [2000, 3.0, 6.0, 4500.0]]
     assert pretrain.gain_of_the_last_hour(curve) == pytest.approx(0.25)
-    assert pretrain.gain_of_the_last_hour([*curve, [2500, 2.8, 6.0, 5500.0]]) == pytest.approx(0.2)
+    # half way between two looks, so half way between their losses
+    assert pretrain.gain_of_the_last_hour([*curve, [2500, 3.0, 6.0, 4950.0]]) == pytest.approx(1 - 3.0 / 3.75)
+    assert pretrain.gain_of_the_last_hour([*curve, [2500, 3.2, 6.0, 5400.0]]) == pytest.approx(1 - 3.2 / 3.5)
     assert pretrain.gain_of_the_last_hour(curve[:3]) is None
     assert pretrain.gain_of_the_last_hour(curve[:1]) is None
 
@@ -170,3 +177,27 @@ def test_keys_are_the_queries_only_where_the_configuration_says_so(config, heldo
         q, k = (weight.detach().flatten() for weight in (attention.q.weight, attention.k.weight))
         cosine = float(F.cosine_similarity(q, k, dim=0))
         assert cosine == pytest.approx(1.0 if init == "reading" else 0.0, abs=0.1)
+
+
+def test_the_command_draws_the_curves_and_tells_the_tracker(config, heldout, tmp_path: Path, monkeypatch) -> None:
+    told: list[dict[str, float]] = []
+
+    class Recorder(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            told.append(dict(metrics))
+
+    @contextmanager
+    def tracking(*_: object) -> Iterator[object]:
+        yield SimpleNamespace(loggers=[Recorder()])
+
+    monkeypatch.setattr(pretrain_command, "tracking", tracking)
+    config.output = str(tmp_path)
+    pretrain_command.pretrain(config)
+    folder = tmp_path / "pretrain" / "mini"
+    record = json.loads((folder / "base" / "training.json").read_text())
+    assert [entry["pretrain/heldout_loss"] for entry in told if "pretrain/heldout_loss" in entry] == [
+        row[1] for row in record["heldout_curve"]
+    ]
+    assert any("pretrain/loss" in entry for entry in told)
+    assert f"{record['heldout_curve'][-1][1]:.3f}" in (folder / "report" / "pretraining.md").read_text()
+    assert (folder / "report" / "pretraining.png").exists()
