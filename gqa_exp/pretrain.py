@@ -1,7 +1,11 @@
 """gqa-pretrain: train a multi-head base from text; the same command resumes an interrupted run."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
 
 from analysis.pretraining import read_training, write_curves
 from gqa_exp.cli import run_hydra
@@ -29,8 +33,13 @@ def pretrain(config: Config) -> None:
     work = Path(config.output) / "pretrain" / config.model.name
     export = work / "base"
     name = f"pretrain {config.model.name} seed {config.seed}"
-    with tracking(config, name, "pretrain", "pretrain", [config.model.name], str(export)) as tracker:
-        pretrain_base(config, default_tokenizer(), work, export, tracker.loggers)
+
+    @contextmanager
+    def loggers() -> Iterator[Sequence[Logger]]:
+        with tracking(config, name, "pretrain", "pretrain", [config.model.name], str(export)) as tracker:
+            yield tracker.loggers
+
+    pretrain_base(config, default_tokenizer(), work, export, loggers)
     if not first_process():
         return
     figure = write_curves([read_training(export, config.model.name)], work / "report")

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,28 +142,23 @@ def unigram_baseline(config: Config, tokens: Any, sets: dict[str, list[Batch]], 
     return unigram_loss(train_labels.numpy(), heldout_labels.numpy(), tokenizer.vocab_size)
 
 
-def pretrain_base(
-    config: Config, tokenizer: Tokenizer, work: Path, export: Path, trackers: Sequence[Logger] = ()
-) -> TrainingState:
-    """Train a multi-head base from scratch, or go on where an interrupted run stopped, and export it.
+def starting_state(config: Config, tokenizer: Tokenizer, resume: Path) -> TrainingState:
+    """Where pre-training starts: freshly drawn, or where an interrupted run of the same recipe stopped.
 
     Args:
         config: model, corpus, pretrain, trainer and seed are used.
         tokenizer: the corpus's.
-        work: folder for the state to resume from and the token cache.
-        export: checkpoint folder to write: bfloat16 weights, optimizer slots, step and training record.
-        trackers: Lightning loggers.
+        resume: folder of the state to resume from, if there is one.
 
     Raises:
-        InputError: the tokenizer does not fit the model, or the resumable state is of another geometry or recipe.
+        InputError: the tokenizer does not fit the model, a text file cannot be read, or the resumable state is of
+            another geometry or recipe.
     """
     geometry = T5Config.from_model_config(config.model)
     if tokenizer.vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.vocab_size={geometry.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids"
         )
-    tokens = read_corpus(config.corpus, tokenizer, work / "cache")
-    resume = work / "state"
     settings = {
         "text": corpus_identity(config.corpus, tokenizer),
         "pretrain": dict(vars(config.pretrain)),
@@ -182,8 +178,35 @@ def pretrain_base(
         if config.pretrain.init == "reading":
             start_reading(state.model)
     state.record["recipe"] = settings
+    return state
+
+
+def pretrain_base(
+    config: Config,
+    tokenizer: Tokenizer,
+    work: Path,
+    export: Path,
+    trackers: Callable[[], AbstractContextManager[Sequence[Logger]]] = lambda: nullcontext(()),
+) -> TrainingState:
+    """Train a multi-head base from scratch, or go on where an interrupted run stopped, and export it.
+
+    Args:
+        config: model, corpus, pretrain, trainer and seed are used.
+        tokenizer: the corpus's.
+        work: folder for the state to resume from and the token cache.
+        export: checkpoint folder to write: bfloat16 weights, optimizer slots, step and training record.
+        trackers: opens the Lightning loggers to report to; called once there is something to train.
+
+    Raises:
+        InputError: what `starting_state` and `read_corpus` refuse.
+    """
+    resume = work / "state"
+    state = starting_state(config, tokenizer, resume)
+    tokens = read_corpus(config.corpus, tokenizer, work / "cache")
     sets = {} if config.corpus.files else heldout_sets(config, tokenizer, work / "cache")
     exchanged_sets = exchange_inputs(sets)
+
+    loggers: Sequence[Logger] = ()
 
     def look_at_heldout(now: TrainingState) -> bool:
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for a handful of batches
@@ -194,7 +217,7 @@ def pretrain_base(
         curve.append([now.step, loss["all"], exchanged["all"], round(now.record["seconds"], 3)])
         gain = now.record["heldout_gain"] = gain_of_the_last_hour(curve)
         values = {"heldout_loss": loss["all"], "heldout_exchanged_loss": exchanged["all"], "step": now.step}
-        for tracker in trackers:
+        for tracker in loggers:
             tracker.log_metrics({f"pretrain/{name}": value for name, value in values.items()})
         logger.info(
             "held-out loss %.4f, with inputs exchanged %.4f%s", loss["all"], exchanged["all"],
@@ -205,8 +228,10 @@ def pretrain_base(
     recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps)
     if sets:
         recipe = replace(recipe, evaluate_every=HELDOUT_EVERY, evaluate=look_at_heldout)
-    state = train(state, recipe, config.trainer, label="pretrain", resume_folder=resume, trackers=trackers)
-    state.save(resume)
+    if state.step < recipe.stop:
+        with trackers() as loggers:
+            state = train(state, recipe, config.trainer, label="pretrain", resume_folder=resume, trackers=loggers)
+        state.save(resume)
     record = state.record
     if sets:
         record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)

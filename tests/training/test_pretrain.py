@@ -201,3 +201,12 @@ def test_the_command_draws_the_curves_and_tells_the_tracker(config, heldout, tmp
     assert any("pretrain/loss" in entry for entry in told)
     assert f"{record['heldout_curve'][-1][1]:.3f}" in (folder / "report" / "pretraining.md").read_text()
     assert (folder / "report" / "pretraining.png").exists()
+    told.clear()
+    opened: list[object] = []
+    monkeypatch.setattr(pretrain_command, "tracking", lambda *_: opened.append(_))
+    pretrain_command.pretrain(config)  # finished: nothing to tell
+    config.seed = 1
+    with pytest.raises(InputError, match="seed=0, not 1"):
+        pretrain_command.pretrain(config)
+    assert not told
+    assert not opened
