@@ -10,7 +10,6 @@ import sys
 
 import psutil
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from gqa_exp.config import Config
 
@@ -38,12 +37,6 @@ def prepare(threads: int | None) -> None:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, min(psutil.cpu_count(logical=False) or usable, usable)))
     keep_freed_memory()
-
-
-def first_process() -> bool:
-    """Whether this is the only process of a run, or Lightning's rank 0 of several: the one that speaks for all."""
-    rank: int | None = getattr(rank_zero_only, "rank", None)
-    return not rank
 
 
 def can_compile(accelerator: str) -> bool:

@@ -257,8 +257,8 @@ class T5(nn.Module):
     def compile_layers(self) -> None:
         """torch.compile each layer: layers of a stack share one compiled function, so compiling stays short.
 
-        All layers of all models of a process count towards torch's limit of versions, 8 by default, beyond which they
-        run uncompiled. A sweep has a version per number of KV heads, kind of mask and mode; so the limit is raised.
+        Layers of one kind, of all models of a process, share torch's limit of compiled versions, 8 by default, beyond
+        which they run uncompiled. A sweep needs one per number of KV heads, kind of mask and mode: the limit is raised.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for layer in (*self.encoder.layers, *self.decoder.layers):

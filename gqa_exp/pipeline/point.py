@@ -18,12 +18,11 @@ from gqa_exp.pipeline.stages import EXAMPLES, SCORES, Pipeline
 from gqa_exp.pipeline.store import Store, key_of
 from gqa_exp.pipeline.tracking import tracking
 from gqa_exp.results import Result, Scalar, write_examples, write_result
+from gqa_exp.timing.cost import BYTES_PER_ELEMENT
 from gqa_exp.timing.environment import environment
 from gqa_exp.training.loop import Diverged
 
 logger = logging.getLogger(__name__)
-
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def results_folder(config: Config) -> Path:

@@ -17,7 +17,6 @@ from typing import Literal
 from gqa_exp.model import T5Config
 
 CrossKV = Literal["cached", "recomputed"]
-PHASES = ("encode", "cross_cache", "decode")
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
