@@ -19,6 +19,8 @@ TASK_KINDS = ("summarization", "translation", "question answering")
 METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
 OPTIMIZER_SLOTS = ("pool", "reset")
 INITIALIZATIONS = ("reading", "t5")
+CROSS_KV = ("cached", "recomputed")
+"""Whether cross-attention's keys and values are computed once, or again at each decode step as public JAX code does."""
 
 
 def bounded(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -174,6 +176,13 @@ class TimingConfig:
     """Counted rounds go on until both minima are reached."""
     max_seconds: float = bounded(600.0, 1.0)
     warmup_rounds: int = bounded(1, 1)
+    cross_kv: str = one_of("cached", CROSS_KV)
+    depths: list[int] = field(default_factory=list)
+    """Layers of encoder and decoder to time, two numbers or more; extended linearly to the geometry's. Empty: whole."""
+    fills: list[int] = field(default_factory=list)
+    """Cache fills at which decode steps are timed, from 1 to output_length; linear between them. Empty: every step."""
+    encoder_batch_size: int = bounded(0, 0)
+    """Samples to time the encoder with, scaled to batch_size; 0: all of them."""
     seed: int = bounded(0, 0)
 
 
@@ -286,6 +295,30 @@ def check_ranges(config: object, where: str = "") -> None:
                 raise InputError(f"{name}={value} is out of range; it must be {span}")
 
 
+def check_timing(timing: TimingConfig, layers: int) -> None:
+    """Check the timing protocol's settings against each other and the geometry.
+
+    Args:
+        timing: checked for ranges.
+        layers: of the shallower of encoder and decoder.
+
+    Raises:
+        InputError: names the field, its value and what is allowed.
+    """
+    check_ranges(timing, "timing.")
+    depths, fills = timing.depths, timing.fills
+    if depths and (len(depths) < 2 or depths != sorted(set(depths)) or not 1 <= depths[0] <= depths[-1] <= layers):
+        raise InputError(
+            f"timing.depths={depths} must be at least two ascending numbers between 1 and the {layers} layers there are"
+        )
+    if fills and (fills != sorted(set(fills)) or fills[0] != 1 or fills[-1] != timing.output_length):
+        raise InputError(f"timing.fills={fills} must ascend from 1 to output_length={timing.output_length}")
+    if timing.encoder_batch_size > timing.batch_size:
+        raise InputError(
+            f"timing.encoder_batch_size={timing.encoder_batch_size} is above batch_size={timing.batch_size}; use less"
+        )
+
+
 def check(config: Config) -> None:
     """All checks on a composed configuration, cross-field ones included; run before any work starts.
 
@@ -295,6 +328,7 @@ def check(config: Config) -> None:
     check_ranges(config)
     model = config.model
     kv_heads_per_layer(config.num_kv_heads, model.num_heads, model.num_decoder_layers)
+    check_timing(config.timing, min(model.num_encoder_layers, model.num_decoder_layers))
     if config.corpus.input_length + config.corpus.target_length < 16:
         raise InputError("corpus: input_length + target_length must be at least 16 tokens")
     if config.finetune.batch_tokens < config.task.max_input_tokens + config.task.max_target_tokens:

@@ -146,6 +146,8 @@ TIME_FIELDS = {
     "decode_step_bytes": "bytes one decode step must read, at the mean cache fill",
     "decode_bandwidth": "decode_step_bytes / decode_step, bytes per second",
     "memory_bandwidth": "plain read of memory in the same process, bytes per second",
+    "predicted_per_sample": "the cost model's lower bound on this host, seconds per sample end to end",
+    "predicted_decode_step": "the same for one decode step of a batch at the mean cache fill",
     "natural_length_per_sample": "seconds per sample when generation stops at end-of-sequence, on task inputs",
     "batch_size": "samples decoded together",
     "source_length": "input tokens",
@@ -153,6 +155,9 @@ TIME_FIELDS = {
     "dtype": "number format of weights, caches and arithmetic",
     "rounds": "interleaved rounds that were counted",
     "device": "device the times were taken on",
+    "cross_kv": "cached: cross-attention's keys and values are computed once; recomputed: at each decode step",
+    "composed": "the shortcuts by which a time was composed of timed parts (depths, steps, encoder batch), or null",
+    "fit_error": "farthest relative distance of a timed depth from the line that extends it, median of rounds, or null",
     "warning": "why the times deserve caution (noise floor above 20 %, clock trouble), or null",
 }
 """The entries of `Result.time`, as `time.NAME` in the flat row."""

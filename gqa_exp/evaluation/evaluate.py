@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation.metrics import Scores, check_examples, metric_of_kind, score
-from gqa_exp.model import T5, generate
+from gqa_exp.model import T5, InferenceT5, generate
 
 
 class Decoder(Protocol):
@@ -94,7 +94,6 @@ def evaluate_model(
     max_new_tokens: int,
     batch_tokens: int,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
     progress: str = "",
 ) -> Evaluation:
     """Generate greedily for every input, and score the outputs.
@@ -108,7 +107,6 @@ def evaluate_model(
         max_new_tokens: longest output.
         batch_tokens: input tokens of a batch, padding included.
         device: where to run.
-        dtype: autocast matrix products to this; None runs in the weights' own.
         progress: what the progress bar calls this evaluation; empty for none. Shown on a terminal only.
 
     Raises:
@@ -123,16 +121,13 @@ def evaluate_model(
     predictions, generated = [""] * len(encoded_inputs), 0
     started = time.perf_counter()
     try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-            _progress_bar(shown=bool(progress)) as bar,
-        ):
+        with torch.inference_mode(), _progress_bar(shown=bool(progress)) as bar:
+            prepared = InferenceT5(model)
             # Batches hold about equally many tokens, so counting them, not examples, gives an even estimate.
             for batch in bar.track(batches, description=progress):
                 ids_BS, mask_BS = pad([encoded_inputs[i] for i in batch], model.config.pad_id)
                 mask_BS = None if mask_BS is None else mask_BS.to(device)
-                output_BT = generate(model, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
+                output_BT = generate(prepared, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
                 for index, output in zip(batch, output_BT.tolist(), strict=True):
                     ended = model.config.eos_id in output
                     length = output.index(model.config.eos_id) if ended else len(output)

@@ -63,6 +63,16 @@ class T5Config:
         """KV heads of each decoder layer."""
         return tuple(self.num_kv_heads)
 
+    def cut(self, layers: int) -> "T5Config":
+        """The same geometry with at most so many layers of encoder and decoder."""
+        heads = self.kv_heads[:layers]
+        return dataclasses.replace(
+            self,
+            num_encoder_layers=min(layers, self.num_encoder_layers),
+            num_decoder_layers=len(heads),
+            num_kv_heads=heads,
+        )
+
     def _decoder_layer_weights(self, kv_heads: int) -> tuple[int, int]:
         """Weights of a decoder layer: (those a decode step reads, those it does not: the cross K/V projections)."""
         D, F_, H, K = self.d_model, self.d_ff, self.num_heads, self.head_dim
@@ -264,21 +274,13 @@ class T5(nn.Module):
         for layer in (*self.encoder.layers, *self.decoder.layers):
             layer.compile()
 
-    def additive_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """(B, S) of ones and zeros to an additive mask (B, 1, 1, S); None stays None."""
-        if attention_mask is None:
-            return None
-        dtype = self.embedding.weight.dtype
-        hidden = (attention_mask == 0)[:, None, None, :]
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
-
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, S) to encoded states (B, S, D)."""
-        return self.encoder(self.embedding(input_ids), self.additive_mask(attention_mask))  # type: ignore[no-any-return]
+        return self.encoder(self.embedding(input_ids), additive_mask(attention_mask, self.embedding.weight.dtype))  # type: ignore[no-any-return]
 
     def decode(self, decoder_input_ids: Tensor, encoded_BSD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Teacher-forced decoding: (B, T) ids and encoded states (B, S, D) to decoder states (B, T, D)."""
-        cross_mask = self.additive_mask(attention_mask)
+        cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
         return self.decoder(self.embedding(decoder_input_ids), encoded_BSD, cross_mask)  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -296,6 +298,14 @@ class T5(nn.Module):
         """Decoder inputs (B, T) that predict `labels` (B, T): the start token, then the labels but the last."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_id)
         return torch.cat([start, labels[:, :-1]], dim=1)
+
+
+def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, S) of ones and zeros to an additive mask (B, 1, 1, S); None stays None."""
+    if attention_mask is None:
+        return None
+    hidden = (attention_mask == 0)[:, None, None, :]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def initial_std(parameter: str, config: T5Config) -> float:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,76 +16,156 @@ from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-import gqa_exp
-from gqa_exp.config import DTYPES, ModelConfig, TimingConfig, check_ranges, parse_kv_heads, variant_label
+from gqa_exp.cli import ROOT, compose
+from gqa_exp.config import (
+    CROSS_KV,
+    DTYPES,
+    ModelConfig,
+    TimingConfig,
+    check_ranges,
+    check_timing,
+    parse_kv_heads,
+    variant_label,
+)
 from gqa_exp.errors import InputError, Parser, command, suggest
 from gqa_exp.host import prepare
-from gqa_exp.model import T5, T5Config
+from gqa_exp.model import T5, InferenceT5, T5Config
 from gqa_exp.model.checkpoint import load
 from gqa_exp.results import write_atomically
-from gqa_exp.timing.timer import Estimate, TimingReport, time_variants
+from gqa_exp.timing.geometry import depths_that_fit, free_memory, random_models
+from gqa_exp.timing.timer import WHOLE, Estimate, TimingReport, runnable_dtype, time_variants
 
-MODELS = Path(gqa_exp.__file__).parent.parent / "conf" / "model"
+MODELS = ROOT / "conf" / "model"
 QUALITY = "not quality-checked"
 
 
 def _parser() -> argparse.ArgumentParser:
     default = TimingConfig()
     parser = Parser(prog="gqa-time", description="Decode time of variants, interleaved in one process.")
-    parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="a variant; repeatable")
-    parser.add_argument("--model", metavar="NAME", help="time random weights of this geometry, a file of conf/model")
-    parser.add_argument(
+    what = parser.add_argument_group("what to time")
+    what.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR", help="a variant; repeatable")
+    what.add_argument("--model", metavar="NAME", help="time random weights of this geometry, a file of conf/model")
+    what.add_argument(
         "--num-kv-heads",
         nargs="+",
         metavar="G",
         help="with --model: one variant per value; G, or one per decoder layer as 8,4,2,1 (default: as query heads)",
     )
-    parser.add_argument("--reference", metavar="NAME", help="compare with this variant (default: most KV heads)")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--source-length", type=int, default=default.source_length)
-    parser.add_argument("--output-length", type=int, default=default.output_length)
-    parser.add_argument("--dtype", default=default.dtype, metavar="|".join(DTYPES))
-    parser.add_argument("--device", default=default.device, metavar="cpu|cuda")
-    parser.add_argument("--min-rounds", type=int, default=default.min_rounds)
-    parser.add_argument("--min-seconds", type=float, default=default.min_seconds)
-    parser.add_argument("--max-seconds", type=float, default=default.max_seconds)
-    parser.add_argument("--warmup-rounds", type=int, default=default.warmup_rounds)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all physical cores)")
-    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder; the report goes to times/KEY.json")
+    what.add_argument("--reference", metavar="NAME", help="compare with this variant (default: most KV heads)")
+    what.add_argument("--sweep", metavar="NAME", help="options from sweeps/NAME.yaml; those given here go before")
+    what.add_argument("--batch-size", type=int, default=default.batch_size)
+    what.add_argument("--source-length", type=int, default=default.source_length)
+    what.add_argument("--output-length", type=int, default=default.output_length)
+    what.add_argument("--dtype", default=default.dtype, metavar="|".join(DTYPES))
+    what.add_argument("--device", default=default.device, metavar="cpu|cuda")
+    what.add_argument(
+        "--cross-kv",
+        default=default.cross_kv,
+        metavar="|".join(CROSS_KV),
+        help="recomputed: cross-attention's keys and values again at each step, as public JAX code does",
+    )
+    short = parser.add_argument_group("shortcuts, marked in every result")
+    short.add_argument(
+        "--depths",
+        nargs="+",
+        default=["auto"],
+        metavar="N",
+        help="layers to time and extend linearly, as 1 2 4; whole; or auto, which extends what does not fit in memory",
+    )
+    short.add_argument(
+        "--fills",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="time decode steps at these cache fills only, from 1 to the output length",
+    )
+    short.add_argument(
+        "--encoder-batch-size", type=int, default=0, metavar="N", help="time the encoder with N samples, and scale"
+    )
+    short.add_argument("--prove", action="store_true", help="time each variant whole as well, and compare")
+    how = parser.add_argument_group("protocol")
+    how.add_argument("--min-rounds", type=int, default=default.min_rounds)
+    how.add_argument("--min-seconds", type=float, default=default.min_seconds)
+    how.add_argument("--max-seconds", type=float, default=default.max_seconds)
+    how.add_argument("--warmup-rounds", type=int, default=default.warmup_rounds)
+    how.add_argument("--seed", type=int, default=default.seed)
+    how.add_argument("--threads", type=int, help="CPU threads (default: all physical cores)")
+    how.add_argument("--output", type=Path, default=Path("runs"), help="folder; the report goes to times/KEY.json")
     return parser
+
+
+def _parse() -> argparse.Namespace:
+    """The command line, over the model, KV heads and timing of a sweep if one is named.
+
+    Raises:
+        InputError: no such sweep, or one that lists no numbers of KV heads.
+    """
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.sweep is None:
+        return arguments
+    config = compose([f"+sweeps={arguments.sweep}"])
+    path = ROOT / "sweeps" / f"{arguments.sweep}.yaml"
+    listed = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params.num_kv_heads")
+    if listed is None:
+        raise InputError(f"{path} lists no num_kv_heads under hydra.sweeper.params; give --model and --num-kv-heads")
+    heads = [one or several for several, one in re.findall(r"\[([^]]*)\]|([^,\s]+)", str(listed))]
+    timing = {name: value for name, value in vars(config.timing).items() if name in vars(arguments)}
+    timing["depths"] = [str(depth) for depth in config.timing.depths] or ["auto"]
+    parser.set_defaults(model=config.model.name, num_kv_heads=heads, **timing)
+    return parser.parse_args()
 
 
 @command
 def main() -> None:
     """The command: a table, a file with the raw times, and last one line of JSON."""
-    arguments = _parser().parse_args()
-    settings = {spec.name for spec in dataclasses.fields(TimingConfig)}
+    arguments = _parse()
+    settings = {spec.name for spec in dataclasses.fields(TimingConfig)} - {"depths"}
     config = TimingConfig(**{name: value for name, value in vars(arguments).items() if name in settings})
-    check_ranges(config, "timing.")
+    config.depths = _depths(arguments.depths)
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError(f"threads={arguments.threads} is out of range; it must be 1 or more")
+    # Everything cheap is checked before models are built and times taken.
+    geometries = _geometries(arguments)
+    layers = min((min(g.num_encoder_layers, g.num_decoder_layers) for g in geometries.values()), default=2**31)
+    check_timing(config, layers)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('timing.device="cuda", but torch finds no GPU here; use "cpu"')
+    dtype, _ = runnable_dtype(config)
+    if geometries and arguments.depths != ["whole"]:
+        config.depths = depths_that_fit(list(geometries.values()), config, dtype, free_memory(config.device))
     prepare(arguments.threads)  # as gqa-run does: the same machine gives the same times under both
-    geometries = _geometries(arguments)  # everything cheap is checked before models are built and times taken
     folder = _writable(arguments.output / "times")
-    trained, untrained = _loaded(arguments.checkpoint), _random(geometries, config)
-    if twice := trained.keys() & untrained.keys():
+    trained = _loaded(arguments.checkpoint)
+    if twice := trained.keys() & geometries.keys():
         raise InputError(f"a checkpoint and a random model are both called {min(twice)}; rename the checkpoint")
-    variants = {**trained, **untrained}
-    if not variants:
+    if not trained and not geometries:
         raise InputError("nothing to time; give --model NAME or --checkpoint NAME=DIR")
+    depth = config.depths[-1] if config.depths and not arguments.prove else None
+    variants: dict[str, T5 | InferenceT5] = {**trained, **random_models(geometries, config, dtype, depth)}
     reference = arguments.reference or max(variants, key=lambda name: sum(variants[name].config.kv_heads))
 
     console = Console(stderr=True)
     with console.status("timing") as status:
-        report = time_variants(variants, config, reference=reference, progress=status.update)
+        report = time_variants(
+            variants,
+            config,
+            reference=reference,
+            geometries=geometries,
+            prove=arguments.prove,
+            progress=status.update,
+        )
     record = {
         "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "quality": QUALITY,
-        "models": {name: dataclasses.asdict(model.config) for name, model in variants.items()},
+        "sweep": arguments.sweep,
+        "model": arguments.model,
+        "models": {name: dataclasses.asdict(geometries.get(name, model.config)) for name, model in variants.items()},
         **report.to_dict(),
     }
     text = json.dumps(record, indent=1)
@@ -92,11 +173,23 @@ def main() -> None:
     write_atomically(path, text + "\n")
     out = Console()
     if not out.is_terminal:
-        out = Console(width=140)
+        out = Console(width=160)
     out.print(_table(report))
-    if report.warning:
-        out.print(f"warning: {report.warning}")
+    for line in _remarks(report):
+        out.print(line)
     print(json.dumps({"file": str(path), "quality": QUALITY, **_summary(report)}))
+
+
+def _depths(words: Sequence[str]) -> list[int]:
+    """The depths asked for; none for "auto" and "whole"."""
+    if words in (["auto"], ["whole"]):
+        return []
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise InputError(
+            f'--depths {" ".join(words)} must be whole numbers, such as 1 2 4, or "auto" or "whole"'
+        ) from None
 
 
 def read_model_config(name: str, folder: Path = MODELS) -> ModelConfig:
@@ -123,22 +216,18 @@ def read_model_config(name: str, folder: Path = MODELS) -> ModelConfig:
     return model
 
 
-def _geometries(arguments: argparse.Namespace) -> list[T5Config]:
-    """The geometries asked for by --model and --num-kv-heads."""
+def _geometries(arguments: argparse.Namespace) -> dict[str, T5Config]:
+    """The geometries asked for by --model and --num-kv-heads, by label."""
     if arguments.model is None:
         if arguments.num_kv_heads is not None:
             raise InputError("--num-kv-heads needs --model; a checkpoint has its own")
-        return []
+        return {}
     model = read_model_config(arguments.model)
-    return [
+    geometries = [
         T5Config.from_model_config(model, parse_kv_heads(text))
         for text in arguments.num_kv_heads or [str(model.num_heads)]
     ]
-
-
-def _random(geometries: Sequence[T5Config], config: TimingConfig) -> dict[str, T5]:
-    torch.manual_seed(config.seed)
-    return {variant_label(geometry.kv_heads, geometry.num_heads): T5(geometry).eval() for geometry in geometries}
+    return {variant_label(geometry.kv_heads, geometry.num_heads): geometry for geometry in geometries}
 
 
 def _loaded(checkpoints: Sequence[str]) -> dict[str, T5]:
@@ -178,42 +267,64 @@ def _summary(report: TimingReport) -> dict[str, Any]:
 
 
 def _table(report: TimingReport) -> Table:
-    """What was measured, one line per variant."""
+    """What was measured, one line per variant, the cost model's prediction beside it."""
     config = report.config
     floor = "unknown" if report.noise_floor is None else f"{report.noise_floor:.1%}"
     table = Table(
         title=f"Decode time, batch {config.batch_size}, source {config.source_length}, output {config.output_length}, "
         f"{report.dtype}, {report.hardware}",
         caption=f"{QUALITY.capitalize()}. Brackets: 95 % bootstrap interval over rounds. Speed-up against "
-        f"{report.reference}, noise floor {floor}; a difference below it is none. "
-        f"Plain read of memory: {report.memory_bandwidth / 1e9:.1f} GB/s.",
+        f"{report.reference}, noise floor {floor}; a difference below it is none. Bound: the least the cost model "
+        f"allows at this host's {report.host.bandwidth / 1e9:.1f} GB/s and "
+        f"{max(report.host.peak.values()) / 1e9:.0f} GFLOP/s.",
     )
     headings = (
         "variant",
         "ms per sample",
+        "bound",
         "speed-up",
         "difference",
         "decode step ms",
+        "bound",
         "step speed-up",
         "GB/s",
+        "of read",
         "cache MiB",
     )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for name in report.names:
         row = report.fields(name)
-        cache = report.allocated_cache_bytes_per_sample(name)
+        bandwidth = row["decode_bandwidth"]
         table.add_row(
-            name,
+            f"{name} *" if row["composed"] else name,
             _estimate(report.per_sample(name), 1e3),
+            _scaled(row["predicted_per_sample"], 1e3),
             _estimate(report.speedup(name)),
             "reference" if name == report.reference else report.verdict(name),
             _scaled(row["decode_step"], 1e3),
+            _scaled(row["predicted_decode_step"], 1e3),
             _estimate(report.decode_step_speedup(name)),
-            _scaled(row["decode_bandwidth"], 1e-9),
-            _scaled(cache, 2**-20),
+            _scaled(bandwidth, 1e-9),
+            _scaled(bandwidth, 1 / report.host.bandwidth),
+            _scaled(report.allocated_cache_bytes_per_sample(name), 2**-20),
         )
     return table
+
+
+def _remarks(report: TimingReport) -> list[str]:
+    """What stands under the table: shortcuts and their errors, warnings."""
+    lines = []
+    composed = {name: how for name in report.names if (how := report.fields(name)["composed"])}
+    lines += [f"* composed: {how}" for how in dict.fromkeys(composed.values())]
+    for name in composed:
+        if (error := report.fit_error(name)) is not None:
+            lines.append(f"{name}: the timed depths lie within {error:.1%} of the line")
+        if f"{name}{WHOLE}" in report.names:
+            lines.append(f"{name}: composed / whole {_estimate(report.ratio(name, f'{name}{WHOLE}'))}, end to end")
+    if report.warning:
+        lines.append(f"warning: {report.warning}")
+    return lines
 
 
 def _estimate(value: Estimate | None, scale: float = 1.0) -> str:

@@ -12,11 +12,9 @@ where there are more devices than KV heads each holds a copy of one (paper, sect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from gqa_exp.model import T5Config
 
-CrossKV = Literal["cached", "recomputed"]
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -90,7 +88,7 @@ class Work:
     source_length: int
     output_length: int
     dtype: str = "bfloat16"
-    cross_kv: CrossKV = "cached"
+    cross_kv: str = "cached"
     devices: int = 1
 
     @property

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the yardstick beside a decode step's achieved bandwidth.
+"""How fast this machine reads memory and multiplies: the yardsticks beside what decoding achieves.
 
 A decode step reads every weight and every cached key and value once and computes little with them, so its time is
 bounded below by those bytes over this bandwidth. A plain read is measured in the same process, with the same threads.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from gqa_exp.timing.cost import Device
 
 CACHE_MULTIPLE = 8
 """The buffer is this many times the last-level cache, so that at most an eighth of a pass can come from it."""
@@ -61,6 +63,37 @@ def memory_bandwidth(device: str = "cpu", repeats: int = 9) -> float:
         buffer.sum()
         seconds.append(clock() - start)
     return buffer.nbytes / max(statistics.median(seconds[2:]), 1e-9)
+
+
+def matmul_flops(device: str, dtype: str, repeats: int = 5) -> float:
+    """FLOP/s of a product of two square matrices of 2048 (8192 on a GPU), median of the repeats after two."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    clock = synchronised_clock(device)
+    seconds = []
+    for _ in range(repeats + 2):
+        start = clock()
+        a @ b
+        seconds.append(clock() - start)
+    return float(2 * size**3 / max(statistics.median(seconds[2:]), 1e-9))
+
+
+def local_device(device: str, dtype: str) -> Device:
+    """This host, or its GPU, as the cost model sees it: bandwidth and peak by the two probes.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: the number format whose peak is probed.
+    """
+    on_gpu = device == "cuda"
+    memory = torch.cuda.mem_get_info()[1] if on_gpu else psutil.virtual_memory().total
+    return Device(
+        "this host's GPU" if on_gpu else "this host",
+        memory_bandwidth(device),
+        {dtype: matmul_flops(device, dtype)},
+        memory,
+        "probed: plain read of memory, product of large matrices",
+    )
 
 
 def last_level_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

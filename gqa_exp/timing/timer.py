@@ -24,23 +24,26 @@ from torch import Tensor
 from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.host import resolve_dtype, supports_dtype
-from gqa_exp.model import T5, generate
-from gqa_exp.model.generate import decode_step, start_decoding
+from gqa_exp.model import T5, InferenceT5, T5Config, generate
 from gqa_exp.results import TIME_FIELDS, Scalar
+from gqa_exp.timing.compose import Composition, Sample, at_depth
+from gqa_exp.timing.cost import Bound, Device, Work, bound
 from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
-from gqa_exp.timing.probe import memory_bandwidth, synchronised_clock
+from gqa_exp.timing.probe import local_device, synchronised_clock
 
 Clock = Callable[[], float]
 """Seconds; on a GPU it waits for queued work before each reading."""
-Sample = Mapping[str, list[float]]
-"""What one run of one variant took: seconds of each phase, a list because a phase such as a decode step repeats."""
 Progress = Callable[[str], None]
 
+WHOLE = ", whole"
+"""Added to the name of a variant that is timed whole beside its parts."""
 TWIN = "A/A"
 """The name under which the reference takes part a second time."""
 NOISY = 0.2
 """A noise floor above this is worth a warning."""
+STEP_REPEATS = 3
+"""Repetitions of a decode step at each fill, where steps are sampled."""
 NATURAL_ROUNDS = 3
 """The natural length is shown beside the stated length, never compared, so a few rounds are enough."""
 RESAMPLES = 2000
@@ -50,8 +53,15 @@ CONFIDENCE = 0.95
 class Runner(Protocol):
     """One variant, as the protocol sees it."""
 
+    @property
+    def composition(self) -> Composition | None:
+        """How a whole run is composed of what `end_to_end` times; None where that is a whole run."""
+
     def end_to_end(self, clock: Clock) -> Sample:
-        """One batch from inputs to outputs, read by the clock at its two ends only: {"end_to_end": [seconds]}."""
+        """One batch from inputs to outputs, read by the clock at its two ends only: {"end_to_end": [seconds]}.
+
+        With a composition: the parts that it wants.
+        """
 
     def phases(self, clock: Clock) -> Sample:
         """The same work with the clock read between phases: encode, cross_cache, first_token, decode_step."""
@@ -69,6 +79,8 @@ class Cost:
 
     decode_step_bytes: int
     """Bytes a decode step must read, at the mean cache fill of the steps after the first."""
+    predicted: Bound | None = None
+    """The cost model's lower bound on this host, fixed by two probes before anything was timed."""
     allocated_cache_bytes_per_sample: int | None = None
     """Cross- and self-attention caches as the runs found them allocated; None before any phased run."""
     natural_batch_size: int | None = None
@@ -108,6 +120,8 @@ class Series:
     warmup: list[Round] = field(default_factory=list)
     """Not counted. The first one is the cold run."""
     rounds: list[Round] = field(default_factory=list)
+    compositions: dict[str, Composition] = field(default_factory=dict)
+    """Of the variants that were timed in parts."""
 
     @property
     def sound(self) -> list[Round]:
@@ -116,8 +130,13 @@ class Series:
 
     def per_round(self, name: str, phase: str) -> list[float]:
         """Seconds of a phase in each sound round (the median where it repeats); empty if the phase never ran."""
-        repeats = (round_.samples.get(name, {}).get(phase) for round_ in self.sound)
-        return [float(np.median(seconds)) for seconds in repeats if seconds]
+        return [float(np.median(seconds)) for sample in self.samples(name) if (seconds := sample.get(phase))]
+
+    def samples(self, name: str) -> list[Sample]:
+        """What the sound rounds found of a variant, composed where it was timed in parts."""
+        samples = [round_.samples[name] for round_ in self.sound if name in round_.samples]
+        composition = self.compositions.get(name)
+        return samples if composition is None else [composition(sample) for sample in samples]
 
 
 def interleave(
@@ -189,8 +208,8 @@ class TimingReport:
     """What ran: differs from the configured one where the device does not support that."""
     hardware: str
     """`environment.hardware_id`: times join rows by architecture and this."""
-    memory_bandwidth: float
-    """Bytes per second of a plain read."""
+    host: Device
+    """Bytes per second of a plain read, and FLOP/s of a large matrix product."""
     costs: dict[str, Cost]
     end_to_end: Series
     phases: Series
@@ -214,11 +233,22 @@ class TimingReport:
 
     def speedup(self, name: str) -> Estimate | None:
         """Time of the reference over time of this variant, within each round."""
-        return self._ratio(self.end_to_end, name, "end_to_end")
+        return self._ratio(self.end_to_end, self.reference, name, "end_to_end")
+
+    def ratio(self, name: str, other: str) -> Estimate | None:
+        """End-to-end time of one variant over that of another, within each round."""
+        return self._ratio(self.end_to_end, name, other, "end_to_end")
 
     def decode_step_speedup(self, name: str) -> Estimate | None:
-        """The same of one further decode step (its median within the round)."""
-        return self._ratio(self.phases, name, "decode_step")
+        """The same of one further decode step (its median within the round).
+
+        None where one of the two was timed in parts and the other was not.
+        """
+        composed = self.end_to_end.compositions
+        if (name in composed) != (self.reference in composed):
+            return None
+        series = self.end_to_end if name in composed else self.phases
+        return self._ratio(series, self.reference, name, "decode_step")
 
     @property
     def noise_floor(self) -> float | None:
@@ -244,6 +274,15 @@ class TimingReport:
             return "none"
         return "faster" if speedup.median > 1 else "slower"
 
+    def fit_error(self, name: str) -> float | None:
+        """Median over rounds of how far a timed depth lies from the line through all; None where there is no such."""
+        composition = self.end_to_end.compositions.get(name)
+        if composition is None:
+            return None
+        errors = [composition.fit_error(round_.samples[name]) for round_ in self.end_to_end.sound]
+        known = [error for error in errors if error is not None]
+        return float(np.median(known)) if known else None
+
     def allocated_cache_bytes_per_sample(self, name: str) -> int | None:
         """Bytes of one sample's cross- and self-attention caches, as allocated."""
         return self.costs[name].allocated_cache_bytes_per_sample
@@ -259,6 +298,7 @@ class TimingReport:
         speedup, speedup_low, speedup_high = _numbers(self.speedup(name))
         step = self._phase(name, "decode_step")
         natural = self.natural.per_round(name, "natural")
+        composition = self.end_to_end.compositions.get(name)
         values: dict[str, Scalar] = {
             "per_sample": per_sample,
             "per_sample_low": per_sample_low,
@@ -276,7 +316,9 @@ class TimingReport:
             "decode_step_speedup": _numbers(self.decode_step_speedup(name))[0],
             "decode_step_bytes": cost.decode_step_bytes,
             "decode_bandwidth": cost.decode_step_bytes / step if step else None,
-            "memory_bandwidth": self.memory_bandwidth,
+            "memory_bandwidth": self.host.bandwidth,
+            "predicted_per_sample": cost.predicted.total / self.config.batch_size if cost.predicted else None,
+            "predicted_decode_step": cost.predicted.step if cost.predicted else None,
             "natural_length_per_sample": (
                 float(np.median(natural)) / cost.natural_batch_size if natural and cost.natural_batch_size else None
             ),
@@ -286,6 +328,9 @@ class TimingReport:
             "dtype": self.dtype,
             "rounds": len(self.end_to_end.sound),
             "device": self.config.device,
+            "cross_kv": self.config.cross_kv,
+            "composed": composition.describe() if composition else None,
+            "fit_error": self.fit_error(name),
             "warning": self.warning,
         }
         return {entry: values[entry] for entry in TIME_FIELDS}
@@ -307,7 +352,15 @@ class TimingReport:
                 }
                 for name in self.names
             },
-            "raw": {kind: dataclasses.asdict(getattr(self, kind)) for kind in ("end_to_end", "phases", "natural")},
+            "host": dataclasses.asdict(self.host),
+            "raw": {
+                kind: {"warmup": list(map(vars, series.warmup)), "rounds": list(map(vars, series.rounds))}
+                for kind, series in (
+                    ("end_to_end", self.end_to_end),
+                    ("phases", self.phases),
+                    ("natural", self.natural),
+                )
+            },
             "environment": self.environment,
         }
 
@@ -316,12 +369,13 @@ class TimingReport:
 
     def _phase(self, name: str, phase: str) -> float | None:
         """Median seconds of a phase over all its repetitions in sound rounds."""
-        seconds = [s for round_ in self.phases.sound for s in round_.samples[name].get(phase, [])]
+        series = self.end_to_end if name in self.end_to_end.compositions else self.phases
+        seconds = [s for sample in series.samples(name) for s in sample.get(phase, [])]
         return float(np.median(seconds)) if seconds else None
 
-    def _ratio(self, series: Series, name: str, phase: str) -> Estimate | None:
-        pairs = zip(series.per_round(self.reference, phase), series.per_round(name, phase), strict=True)
-        return median_interval((reference / own for reference, own in pairs), self.config.seed)
+    def _ratio(self, series: Series, name: str, other: str, phase: str) -> Estimate | None:
+        pairs = zip(series.per_round(name, phase), series.per_round(other, phase), strict=True)
+        return median_interval((own / others for own, others in pairs), self.config.seed)
 
 
 def phase_rounds(config: TimingConfig) -> int:
@@ -336,7 +390,7 @@ def run_protocol(
     reference: str,
     dtype: str,
     clock: Clock,
-    memory_bandwidth: float,
+    host: Device,
     warnings: Iterable[str] = (),
     progress: Progress = lambda text: None,
 ) -> TimingReport:
@@ -348,7 +402,7 @@ def run_protocol(
         reference: the variant that the others are compared with.
         dtype: number format that runs, for the record.
         clock: see `Clock`.
-        memory_bandwidth: bytes per second, for the record.
+        host: what the probes found, for the record.
         warnings: known beforehand.
         progress: told what goes on, a line at a time.
 
@@ -379,14 +433,17 @@ def run_protocol(
 
     # The end-to-end runs have warmed up what the phased runs use, so those count from the first.
     end_to_end = series("end to end", bind("end_to_end"), config.warmup_rounds, config.min_rounds, config.min_seconds)
-    phases = series("phases", bind("phases"), 0, phase_rounds(config), 0.0)
+    compositions = {name: runner.composition for name, runner in contestants.items() if runner.composition}
+    end_to_end.compositions = compositions
+    whole = {name: run for name, run in bind("phases").items() if name not in compositions}
+    phases = series("phases", whole, 0, phase_rounds(config), 0.0) if whole else Series()
     costs = {name: runner.cost() for name, runner in runners.items()}
     real_inputs = {
         name: run for name, run in bind("natural").items() if name in costs and costs[name].natural_batch_size
     }
     natural = series("natural length", real_inputs, 1, NATURAL_ROUNDS, 0.0) if real_inputs else Series()
     report = TimingReport(
-        config, reference, dtype, hardware_id(config.device), memory_bandwidth, costs, end_to_end, phases, natural,
+        config, reference, dtype, hardware_id(config.device), host, costs, end_to_end, phases, natural,
         list(warnings), load,
     )  # fmt: skip
     report.warnings += _cautions(report)
@@ -394,11 +451,13 @@ def run_protocol(
 
 
 def time_variants(
-    variants: Mapping[str, T5],
+    variants: Mapping[str, T5 | InferenceT5],
     config: TimingConfig,
     *,
     reference: str,
     natural: Mapping[str, tuple[Tensor, Tensor | None]] | None = None,
+    geometries: Mapping[str, T5Config] | None = None,
+    prove: bool = False,
     progress: Progress = lambda text: None,
 ) -> TimingReport:
     """Time models against each other, alone on the host (waits until nothing trains; see `hostlock`).
@@ -409,6 +468,8 @@ def time_variants(
         config: the protocol's settings.
         reference: the variant that the others are compared with, MHA as a rule.
         natural: for variants that have them, real task inputs: ids (B, S) and their mask (B, S) or None.
+        geometries: of variants that are cut to the deepest of `config.depths`: what they are to be extended to.
+        prove: where the configuration takes shortcuts, time each variant whole as well, as "NAME, whole".
         progress: told what goes on, a line at a time.
 
     Raises:
@@ -421,46 +482,83 @@ def time_variants(
         raise InputError(
             f"variants of different vocabulary sizes {sorted(vocab_sizes)} cannot be timed on the same input"
         )
-    dtype, warnings = resolve_dtype(config.dtype, config.device), []
-    if not supports_dtype(dtype, config.device):
-        warnings.append(f"{dtype} is not supported on this {config.device}: timed in float32 instead")
-        dtype = "float32"
+    dtype, warnings = runnable_dtype(config)
+    shortcuts = bool(config.depths or config.fills or config.encoder_batch_size)
     with timing_alone(), torch.inference_mode():
+        host = local_device(config.device, dtype)
         generator = torch.Generator().manual_seed(config.seed)
         shape = (config.batch_size, config.source_length)
         input_ids = torch.randint(0, min(vocab_sizes, default=1), shape, generator=generator).to(config.device)
-        runners = {
-            name: ModelRunner(_prepared(model, dtype, config.device), config, input_ids, (natural or {}).get(name))
-            for name, model in variants.items()
-        }
+        runners: dict[str, Runner] = {}
+        for name, model in variants.items():
+            prepared = _prepared(model, dtype, config)
+            geometry = (geometries or {}).get(name, prepared.config)
+            predicted = bound(_work(geometry, config, dtype), host)
+            if shortcuts:
+                runners[name] = PartsRunner(prepared, config, input_ids, geometry, predicted)
+            if not shortcuts or prove:
+                whole = f"{name}{WHOLE}" if shortcuts else name
+                runners[whole] = ModelRunner(prepared, config, input_ids, predicted, (natural or {}).get(name))
         return run_protocol(
             runners,
             config,
             reference=reference,
             dtype=dtype,
             clock=synchronised_clock(config.device),
-            memory_bandwidth=memory_bandwidth(config.device),
+            host=host,
             warnings=warnings,
             progress=progress,
         )
 
 
+def runnable_dtype(config: TimingConfig) -> tuple[str, list[str]]:
+    """The number format that will run, and a warning where it is not the configured one."""
+    dtype = resolve_dtype(config.dtype, config.device)
+    if supports_dtype(dtype, config.device):
+        return dtype, []
+    return "float32", [f"{dtype} is not supported on this {config.device}: timed in float32 instead"]
+
+
+def _work(geometry: T5Config, config: TimingConfig, dtype: str) -> Work:
+    return Work(
+        geometry, config.batch_size, config.source_length, config.output_length, dtype, cross_kv=config.cross_kv
+    )
+
+
+def _step_bytes(geometry: T5Config, config: TimingConfig, element: int) -> int:
+    """Bytes of a further decode step at the mean fill of its cache.
+
+    Step t reads t cached tokens, its own among them; those after the first are t = 2 ... output_length.
+    """
+    mean_fill = (2 + max(2, config.output_length)) // 2
+    return geometry.decode_step_bytes(config.batch_size, config.source_length, mean_fill, element)
+
+
 class ModelRunner:
-    """A T5 model on fixed inputs, as a `Runner`.
+    """A whole model on fixed inputs, as a `Runner`.
 
     Args:
-        model: in the dtype and on the device to be timed, in evaluation mode.
+        model: in the dtype and on the device to be timed.
         config: lengths.
         input_ids: (B, S) on the model's device.
+        predicted: the cost model's bound.
         natural: real inputs (B, S) and their mask, or None.
     """
 
+    composition = None
+
     def __init__(
-        self, model: T5, config: TimingConfig, input_ids: Tensor, natural: tuple[Tensor, Tensor | None] | None = None
+        self,
+        model: InferenceT5,
+        config: TimingConfig,
+        input_ids: Tensor,
+        predicted: Bound | None = None,
+        natural: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.input_ids = input_ids
+        self.predicted = predicted
         self.real: tuple[Tensor, Tensor | None] | None = None
         if natural is not None:
             ids, mask = natural
@@ -478,11 +576,11 @@ class ModelRunner:
         readings = [clock()]
         encoded_BSD = self.model.encode(self.input_ids)
         readings.append(clock())
-        state = start_decoding(self.model, encoded_BSD, None, self.config.output_length)
+        state = self.model.start(encoded_BSD, None, self.config.output_length)
         readings.append(clock())
         token_B = self.input_ids.new_full((self.input_ids.shape[0],), self.model.config.decoder_start_id)
         for _ in range(self.config.output_length):
-            token_B = decode_step(self.model, token_B, state).argmax(-1)
+            token_B = self.model.step(token_B, state).argmax(-1)
             readings.append(clock())
         self._allocated = (state.cross_cache_bytes() + state.self_cache_bytes()) // self.input_ids.shape[0]
         encode, cross_cache, first_token, *steps = np.diff(readings).tolist()
@@ -498,20 +596,86 @@ class ModelRunner:
 
     def cost(self) -> Cost:
         """Sizes at the stated lengths."""
-        # Step t reads t cached tokens, its own among them; those after the first are t = 2 ... output_length.
-        mean_fill = (2 + max(2, self.config.output_length)) // 2
         element = self.model.embedding.weight.element_size()
-        step_bytes = self.model.config.decode_step_bytes(
-            self.config.batch_size, self.config.source_length, mean_fill, element
-        )
-        return Cost(step_bytes, self._allocated, None if self.real is None else self.real[0].shape[0])
+        real = None if self.real is None else self.real[0].shape[0]
+        return Cost(_step_bytes(self.model.config, self.config, element), self.predicted, self._allocated, real)
 
 
-def _prepared(model: T5, dtype: str, device: str) -> T5:
-    """The model in evaluation mode, of that dtype and on that device; a copy where it is not so already."""
+class PartsRunner:
+    """A model timed in parts, from which a whole run of its geometry is composed, as a `Runner`.
+
+    Args:
+        model: in the dtype and on the device to be timed; as deep as the deepest part at least.
+        config: lengths and shortcuts.
+        input_ids: (B, S) on the model's device.
+        geometry: the whole model's.
+        predicted: the cost model's bound for the geometry.
+    """
+
+    def __init__(
+        self, model: InferenceT5, config: TimingConfig, input_ids: Tensor, geometry: T5Config, predicted: Bound
+    ) -> None:
+        self.config = config
+        self.input_ids = input_ids
+        self.geometry = geometry
+        self.predicted = predicted
+        self.composition = Composition(config, geometry.num_encoder_layers, geometry.num_decoder_layers)
+        self.parts = {depth: model.shallow(depth) for depth in self.composition.depths}
+        self.rng = np.random.default_rng(config.seed)
+
+    def end_to_end(self, clock: Clock) -> Sample:
+        """The phases at each depth, depths in a fresh random order."""
+        sample: dict[str, list[float]] = {}
+        for depth in self.rng.permutation(list(self.parts)):
+            for phase, seconds in self._phases(self.parts[depth], clock).items():
+                sample[at_depth(phase, depth)] = seconds
+        return sample
+
+    def _phases(self, model: InferenceT5, clock: Clock) -> Sample:
+        config, B = self.config, self.config.batch_size
+        encoder_batch = config.encoder_batch_size or B
+        start = clock()
+        encoded_BSD = model.encode(self.input_ids[:encoder_batch])
+        encode = clock() - start
+        # Each sample's states are its own, as in a whole run: what is not copied could stay in the processor's cache.
+        encoded_BSD = encoded_BSD.repeat(-(-B // encoder_batch), 1, 1)[:B]
+        start = clock()
+        state = model.start(encoded_BSD, None, config.output_length)
+        cross_cache = clock() - start
+        state.fill_self_caches()
+        token_B = self.input_ids.new_full((B,), model.config.decoder_start_id)
+        steps = []
+        for fill in self.composition.fills:
+            for _ in range(STEP_REPEATS if config.fills else 1):
+                state.length = fill - 1
+                start = clock()
+                model.step(token_B, state).argmax(-1)
+                steps.append(clock() - start)
+        return {"encode": [encode], "cross_cache": [cross_cache], "decode_step": steps}
+
+    def phases(self, clock: Clock) -> Sample:
+        """Not asked for: end to end is timed in phases already."""
+        return {}
+
+    def natural(self, clock: Clock) -> Sample:
+        """None: part of a model does not end its sentences where the whole one would."""
+        return {}
+
+    def cost(self) -> Cost:
+        """Sizes of the whole geometry at the stated lengths."""
+        element = next(iter(self.parts.values())).embedding.weight.element_size()
+        return Cost(_step_bytes(self.geometry, self.config, element), self.predicted)
+
+
+def _prepared(model: T5 | InferenceT5, dtype: str, config: TimingConfig) -> InferenceT5:
+    """The model prepared for decoding in that dtype on the configured device; a copy where it is not so already."""
+    if isinstance(model, InferenceT5):
+        return model
     wanted: torch.dtype = getattr(torch, dtype)
-    right = all(p.dtype == wanted and p.device.type == device for p in model.parameters())
-    return model if right and not model.training else copy.deepcopy(model).to(device=device, dtype=wanted).eval()
+    right = all(p.dtype == wanted and p.device.type == config.device for p in model.parameters())
+    if not right or model.training:
+        model = copy.deepcopy(model).to(device=config.device, dtype=wanted).eval()
+    return InferenceT5(model, config.cross_kv)
 
 
 def _cautions(report: TimingReport) -> list[str]:

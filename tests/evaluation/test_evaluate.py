@@ -9,7 +9,7 @@ from torch import Tensor
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import evaluate as module
 from gqa_exp.evaluation.evaluate import batches_by_length, evaluate_model, pad
-from gqa_exp.model import T5, T5Config, generate
+from gqa_exp.model import T5, InferenceT5, T5Config, generate
 
 EOS = 1
 
@@ -90,7 +90,7 @@ def test_batched_evaluation_writes_what_one_at_a_time_writes() -> None:
 def test_text_ends_at_end_of_sequence_and_order_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def echo(model: T5, input_ids: Tensor, attention_mask: Tensor | None, *, max_new_tokens: int) -> Tensor:
+    def echo(model: InferenceT5, input_ids: Tensor, attention_mask: Tensor | None, *, max_new_tokens: int) -> Tensor:
         seen.append((tuple(input_ids.shape), torch.is_inference_mode_enabled(), model.training))
         return input_ids[:, :max_new_tokens]
 
@@ -104,22 +104,6 @@ def test_text_ends_at_end_of_sequence_and_order_is_kept(monkeypatch: pytest.Monk
     assert result.mean_generated_tokens == pytest.approx((2 + 4 + 3) / 3)
     assert result.scores.per_example["exact_match"] == [100, 0, 100]
     assert seen == [((1, 6), True, False), ((2, 5), True, False)]
-
-
-def test_autocast_reaches_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes = []
-
-    def spy(model: T5, input_ids: Tensor, attention_mask: Tensor | None, *, max_new_tokens: int) -> Tensor:
-        dtypes.append((input_ids.float()[:, None] @ input_ids.float()[:, :, None]).dtype)
-        return input_ids
-
-    monkeypatch.setattr(module, "generate", spy)
-    for dtype in (torch.bfloat16, None):
-        evaluate_model(
-            tiny_model(), NumberTokenizer(), [[3, EOS]], [["3"]],
-            kind="translation", max_new_tokens=4, batch_tokens=10, dtype=dtype,
-        )  # fmt: skip
-    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 def test_bad_input_stops_before_generation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_both_paths_equal_a_loop_over_heads(case):
     for fused in (True, False):
         with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as sdpa:
             out = grouped_attention(q.clone().requires_grad_(not fused), k, v, bias)
-        assert sdpa.called == (fused and q.shape[1] > 1)
+        assert sdpa.called == fused
         torch.testing.assert_close(out.detach(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -99,15 +99,36 @@ def test_attention_dropout_acts_in_training_only():
     assert not torch.allclose(attention.train()(x, x), plain)
 
 
-def test_cache_keeps_what_is_filled_in():
-    attention = GroupedAttention(8, 4, 2, 3)
-    cache = KVCache(attention, batch=5, capacity=7, like=torch.zeros((), dtype=torch.bfloat16))
-    k, v = torch.randn(2, 5, 2, 7, 3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_keeps_what_is_filled_in(dtype):
+    cache = KVCache(5, 2, 7, 3, like=torch.zeros((), dtype=dtype))
+    k, v = torch.randn(2, 5, 2, 7, 3, dtype=dtype)
     for start, end in ((0, 4), (4, 5), (5, 7)):
-        k_seen, v_seen = cache.fill(start, k[:, :, start:end], v[:, :, start:end])
-        assert torch.equal(k_seen, k[:, :, :end])
-        assert torch.equal(v_seen, v[:, :, :end])
-    assert cache.nbytes == 2 * 5 * 2 * 7 * 3 * 2  # keys and values, B, G, capacity, K, two bytes
+        cache.fill(k[:, :, start:end], v[:, :, start:end], start)
+        assert torch.equal(cache.k_BGSK[:, :, :end], k[:, :, :end])
+        assert torch.equal(cache.v_BGSK[:, :, :end], v[:, :, :end])
+    assert cache.nbytes == 2 * 5 * 2 * 7 * 3 * dtype.itemsize  # keys and values, B, G, capacity, K
+    rows = torch.tensor([3, 0])
+    cache.keep(rows)
+    assert torch.equal(cache.k_BGSK, k[rows])
+    assert torch.equal(cache.v_BGSK, v[rows])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_step_over_the_cache_is_attention_with_repeated_heads(dtype, tolerance, group):
+    B, G, S, K, end = 3, 2, 7, 8, 5
+    cache = KVCache(B, G, S, K, like=torch.zeros((), dtype=dtype))
+    k, v = torch.randn(2, B, G, S, K, dtype=dtype)
+    q, bias = torch.randn(B, G, group, K, dtype=dtype), torch.randn(G, group, end, dtype=dtype)
+    cache.fill(k, v)
+    repeated_k, repeated_v = (t[:, :, :end].double().repeat_interleave(group, dim=1) for t in (k, v))
+    for added in (None, bias):
+        scores = torch.einsum("bhk,bhsk->bhs", q.double().reshape(B, G * group, K), repeated_k)
+        if added is not None:
+            scores = scores + added.double().reshape(G * group, end)
+        expected = torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), repeated_v).reshape(B, G, group, K)
+        torch.testing.assert_close(cache.attend(q, end, added).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

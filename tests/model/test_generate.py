@@ -4,7 +4,7 @@ import transformers
 
 from gqa_exp.model import generate
 from gqa_exp.model.checkpoint import save_hf
-from gqa_exp.model.generate import decode_step, start_decoding
+from gqa_exp.model.inference import InferenceT5
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, [4, 1, 2]])
@@ -15,16 +15,17 @@ def test_every_cached_step_equals_a_full_forward_pass(tiny_model, padded_batch, 
     input_ids, mask = padded_batch(lengths, model.config.vocab_size)
     steps = 40
     with torch.no_grad():
-        state = start_decoding(model, model.encode(input_ids, mask), mask, steps)
+        prepared = InferenceT5(model)
+        state = prepared.start(prepared.encode(input_ids, mask), mask, steps)
         decoder_ids = torch.full((len(lengths), 1), model.config.decoder_start_id)
         for step in range(steps):
-            logits = decode_step(model, decoder_ids[:, -1], state)
+            logits = prepared.step(decoder_ids[:, -1], state)
             full = model(input_ids, decoder_ids, mask)[:, -1]
-            torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, full, rtol=1e-5, atol=1e-5)
             assert state.length == step + 1
             decoder_ids = torch.cat([decoder_ids, logits.argmax(-1, keepdim=True)], dim=1)
         with pytest.raises(IndexError, match="hold 40 tokens"):
-            decode_step(model, decoder_ids[:, -1], state)
+            prepared.step(decoder_ids[:, -1], state)
     generated = generate(model, input_ids, mask, max_new_tokens=steps, stop_at_eos=False)
     assert torch.equal(generated, decoder_ids[:, 1:])
 

@@ -12,7 +12,7 @@ from gqa_exp.config import ModelConfig
 from gqa_exp.errors import InputError
 from gqa_exp.model import T5, T5Config, generate
 from gqa_exp.model.checkpoint import hf_name, save_hf
-from gqa_exp.model.generate import start_decoding
+from gqa_exp.model.inference import InferenceT5
 from gqa_exp.model.t5 import RMSNorm, initial_std
 from gqa_exp.training.loss import token_loss
 
@@ -205,11 +205,11 @@ def test_sizes_are_what_the_formulas_say(tiny_config, heads, d_ff, head_dim, enc
     B, S, T = 3, 7, 5
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
         encoded = torch.zeros(B, S, config.d_model, dtype=dtype)
-        state = start_decoding(model.to(dtype), encoded, None, T)
+        state = InferenceT5(model.to(dtype)).start(encoded, None, T)
         assert state.self_cache_bytes() == B * config.kv_cache_bytes(0, T, width)
         assert state.cross_cache_bytes() == B * config.kv_cache_bytes(S, 0, width)
         allocated = sum(
-            t.untyped_storage().nbytes() for c in state.self_caches + state.cross_caches for t in (c.k_BGSK, c.v_BGSK)
+            t.untyped_storage().nbytes() for c in state.self_caches + state.cross_caches for t in (c.keys, c.v_BGSK)
         )
         assert allocated == B * config.kv_cache_bytes(S, T, width)
 

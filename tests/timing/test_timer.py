@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError
-from gqa_exp.model import T5, T5Config, generate
+from gqa_exp.model import T5, InferenceT5, T5Config, generate
 from gqa_exp.results import TIME_FIELDS
 from gqa_exp.timing import timer
+from gqa_exp.timing.cost import Bound, Device
 from gqa_exp.timing.timer import (
     TWIN,
     Cost,
@@ -32,6 +33,8 @@ from gqa_exp.timing.timer import (
     time_variants,
 )
 
+HOST = Device("test", 1e10, {"bfloat16": 1e12}, 1e9, "made up")
+
 
 class FakeClock:
     def __init__(self) -> None:
@@ -43,6 +46,8 @@ class FakeClock:
 
 class FakeRunner:
     """Takes the seconds it is given, run after run, and logs when it ran."""
+
+    composition = None
 
     def __init__(self, name: str, clock: FakeClock, seconds: Iterator[float], log: list[tuple[str, str]]) -> None:
         self.name, self.clock, self.seconds, self.log = name, clock, seconds, log
@@ -64,7 +69,8 @@ class FakeRunner:
         return {"natural": [3.0]} if self.name == "MQA" else {}
 
     def cost(self) -> Cost:
-        return Cost(800, 64, 6 if self.name == "MQA" else None)
+        predicted = Bound(encode=1.0, cross_cache=0.5, decode=2.5, step=0.25, step_bytes=1e9, step_flops=1e9)
+        return Cost(800, predicted, 64, 6 if self.name == "MQA" else None)
 
 
 def report_of(mha: Iterator[float], mqa: Iterator[float], **overrides: object) -> tuple[TimingReport, list]:
@@ -72,9 +78,7 @@ def report_of(mha: Iterator[float], mqa: Iterator[float], **overrides: object) -
     clock, log = FakeClock(), []
     runners = {"MHA": FakeRunner("MHA", clock, mha, log), "MQA": FakeRunner("MQA", clock, mqa, log)}
     config = TimingConfig(batch_size=2, **{"min_rounds": 6, "min_seconds": 0.0, **overrides})
-    report = run_protocol(
-        runners, config, reference="MHA", dtype="bfloat16", clock=clock, memory_bandwidth=1e10, warnings=[]
-    )
+    report = run_protocol(runners, config, reference="MHA", dtype="bfloat16", clock=clock, host=HOST, warnings=[])
     return report, log
 
 
@@ -212,7 +216,7 @@ def test_raw_times_survive_json() -> None:
 
 def test_bad_names() -> None:
     runner = FakeRunner("MHA", FakeClock(), itertools.repeat(1.0), [])
-    common = {"dtype": "float32", "clock": FakeClock(), "memory_bandwidth": 1.0}
+    common = {"dtype": "float32", "clock": FakeClock(), "host": HOST}
     with pytest.raises(InputError, match='did you mean "MHA"'):
         run_protocol({"MHA": runner}, TimingConfig(), reference="MHAA", **common)
     with pytest.raises(InputError, match="second time"):
@@ -272,17 +276,17 @@ def tiny(num_kv_heads: int) -> T5:
 def test_phases_do_what_generate_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The phased run decodes the very tokens of `generate`, reads the clock at each boundary and no more."""
     picked: list[torch.Tensor] = []
-    real_step = timer.decode_step
+    real_step = InferenceT5.step
 
-    def spy(model: T5, token_B: torch.Tensor, state: object) -> torch.Tensor:
+    def spy(model: InferenceT5, token_B: torch.Tensor, state: object) -> torch.Tensor:
         logits = real_step(model, token_B, state)
         picked.append(logits.argmax(-1))
         return logits
 
-    monkeypatch.setattr(timer, "decode_step", spy)
+    monkeypatch.setattr(InferenceT5, "step", spy)
     model, readings = tiny(2), itertools.count()
     input_ids = torch.randint(0, 128, (3, 7), generator=torch.Generator().manual_seed(0))
-    runner = ModelRunner(model, SMALL, input_ids)
+    runner = ModelRunner(InferenceT5(model), SMALL, input_ids)
     with torch.inference_mode():
         sample = runner.phases(lambda: float(next(readings)))
     assert {phase: len(seconds) for phase, seconds in sample.items()} == {
@@ -292,13 +296,14 @@ def test_phases_do_what_generate_does(monkeypatch: pytest.MonkeyPatch) -> None:
         "decode_step": 4,
     }
     assert next(readings) == 8
+    monkeypatch.undo()
     expected = generate(model, input_ids, max_new_tokens=5, stop_at_eos=False)
     assert torch.equal(torch.stack(picked, dim=1), expected)
 
 
 def test_allocated_caches_and_step_bytes_follow_the_formula() -> None:
     model = tiny(1)
-    runner = ModelRunner(model, SMALL, torch.zeros(3, 7, dtype=torch.long))
+    runner = ModelRunner(InferenceT5(model), SMALL, torch.zeros(3, 7, dtype=torch.long))
     with torch.inference_mode():
         runner.phases(lambda: 0.0)
     cost = runner.cost()
