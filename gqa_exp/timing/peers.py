@@ -1,0 +1,285 @@
+"""Our decoder against its peers on identical weights, interleaved in one run: transformers, CTranslate2, and T5GQA.
+
+    pip install -e '.[bench]'
+    python -m gqa_exp.timing.peers --model t5_base --batch-size 8 --source-length 512 --output-length 64
+
+Decoding alone is the time of a long output less the time of one token, both from input ids and both in every round: the
+encoder, the cross-attention cache and what a library does once per call cancel out, by the same rule for every engine.
+The package grouped-query-attention-pytorch needs a transformers of before 4.32, so it runs in an environment of its own
+(`--t5gqa-python`, see `peer_worker.py`), in turn with the others.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gqa_exp.config import DTYPES, TimingConfig, check_ranges, parse_kv_heads
+from gqa_exp.errors import InputError, Parser, command
+from gqa_exp.host import prepare, supports_dtype
+from gqa_exp.model import T5, InferenceT5, T5Config, generate
+from gqa_exp.model.checkpoint import save_hf
+from gqa_exp.timing.cli import read_model_config
+from gqa_exp.timing.compose import Sample
+from gqa_exp.timing.environment import environment, hardware_id
+from gqa_exp.timing.hostlock import timing_alone
+from gqa_exp.timing.probe import local_device
+from gqa_exp.timing.timer import Series, interleave, median_interval
+
+Decode = Callable[[int], list[list[int]]]
+"""Generates so many tokens for every input, end-of-sequence notwithstanding, and returns their ids."""
+WORKER = Path(__file__).with_name("peer_worker.py")
+
+
+def ours(model: T5, input_ids: Tensor, dtype: str) -> Decode:
+    """This project's `generate`."""
+    prepared = InferenceT5(model.to(getattr(torch, dtype)).eval())
+    return lambda tokens: generate(prepared, input_ids, max_new_tokens=tokens, stop_at_eos=False).tolist()  # type: ignore[no-any-return]
+
+
+def transformers_t5(folder: Path, input_ids: Tensor, dtype: str) -> Decode:
+    """Transformers' T5 and its `generate`, greedy, with its cache and default attention."""
+    import transformers
+
+    model: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None
+    settings = {"do_sample": False, "num_beams": 1, "use_cache": True, "attention_mask": torch.ones_like(input_ids)}
+
+    def decode(tokens: int) -> list[list[int]]:
+        ids = model.generate(input_ids=input_ids, max_new_tokens=tokens, **settings)
+        return ids[:, 1:].tolist()  # type: ignore[no-any-return]  # it begins with the start token
+
+    return decode
+
+
+def ctranslate2_t5(folder: Path, input_ids: Tensor, compute_type: str) -> Decode:
+    """CTranslate2 on the converted folder; its compute types beside ours are int8 and their mixtures."""
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as target:
+        ctranslate2.converters.TransformersConverter(str(folder)).convert(target, force=True)
+        translator = ctranslate2.Translator(
+            target, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=torch.get_num_threads()
+        )
+    words = [[f"t{token}" for token in row] for row in input_ids.tolist()]
+    special = {name: index for index, name in enumerate(SPECIAL)}
+
+    def decode(tokens: int) -> list[list[int]]:
+        results = translator.translate_batch(
+            words,
+            beam_size=1,
+            max_input_length=0,
+            min_decoding_length=tokens,
+            max_decoding_length=tokens,
+            disable_unk=False,
+        )
+        return [[special[w] if w in special else int(w[1:]) for w in result.hypotheses[0]] for result in results]
+
+    return decode
+
+
+SPECIAL = ("<pad>", "</s>", "<unk>")
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of one word per id, t0, t1, ..., which CTranslate2's converter asks for."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {(SPECIAL[i] if i < len(SPECIAL) else f"t{i}"): i for i in range(vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    pad, end, unknown = SPECIAL
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=pad, eos_token=end, unk_token=unknown
+    )
+    wrapped.save_pretrained(folder)
+
+
+class Worker:
+    """T5GQA in another environment, over a pipe: a line with the number of tokens in, a line with the ids out."""
+
+    def __init__(self, python: str, folder: Path, input_ids: Tensor, kv_heads: int, dtype: str) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            InputError: it ends before it is; says how.
+        """
+        inputs = folder / "input_ids.json"
+        inputs.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
+        command_line = [python, WORKER, folder, inputs, str(kv_heads), dtype, str(torch.get_num_threads())]
+        self.process = subprocess.Popen(
+            command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        if self.process.stdout.readline().strip() != "ready":
+            assert self.process.stderr is not None
+            last = self.process.stderr.read().strip().splitlines()[-1:]
+            raise InputError(f"{python} cannot run T5GQA: {''.join(last) or 'it ended without a word'}")
+
+    def __call__(self, tokens: int) -> list[list[int]]:
+        """The ids of that many tokens."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(tokens, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the other process."""
+        self.process.terminate()
+        self.process.wait()
+
+
+def step_seconds(series: Series, name: str, tokens: int) -> list[float]:
+    """Seconds of one further decode step in each round: a long output less a single token, over the further tokens."""
+    long, short = series.per_round(name, "long"), series.per_round(name, "short")
+    return [(a - b) / (tokens - 1) for a, b in zip(long, short, strict=True)]
+
+
+def agreement(mine: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """Share of equal ids before the first that differs in each sequence; 1 if all are equal."""
+    equal = [
+        next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(left))
+        for left, right in zip(mine, theirs, strict=True)
+    ]
+    return sum(equal) / sum(map(len, mine))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m gqa_exp.timing.peers", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="t5_base", metavar="NAME", help="a file of conf/model")
+    parser.add_argument(
+        "--num-kv-heads", nargs="+", default=[], metavar="G", help="ours with fewer KV heads, beside MHA"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--source-length", type=int, default=512)
+    parser.add_argument("--output-length", type=int, default=64)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="|".join(DTYPES))
+    parser.add_argument("--ctranslate2", nargs="*", metavar="TYPE", help="compute types (default: all of this CPU)")
+    parser.add_argument("--no-ctranslate2", action="store_true", help="leave CTranslate2 out")
+    parser.add_argument("--t5gqa-python", metavar="PYTHON", help="interpreter of an environment with T5GQA")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    return parser
+
+
+def engines(arguments: argparse.Namespace, folder: Path, input_ids: Tensor, model: T5Config) -> dict[str, Decode]:
+    """All that take part, by name; each holds its own copy of the weights."""
+    found: dict[str, Decode] = {}
+    for dtype in arguments.dtypes:
+        for text in [str(model.num_heads), *arguments.num_kv_heads]:
+            heads = parse_kv_heads(text)
+            torch.manual_seed(arguments.seed)
+            mine = T5(T5Config(**{**vars(model), "num_kv_heads": heads}))
+            name = f"ours {dtype}" if heads == model.num_heads else f"ours {dtype}, G={text}"
+            if heads == model.num_heads and not (folder / "config.json").exists():
+                save_hf(mine, folder)
+                write_tokenizer(folder, model.vocab_size)
+            found[name] = ours(mine, input_ids, dtype)
+        found[f"transformers {dtype}"] = transformers_t5(folder, input_ids, dtype)
+        if arguments.t5gqa_python:
+            for text in [str(model.num_heads), *arguments.num_kv_heads]:
+                name = f"T5GQA {dtype}, G={text}"
+                found[name] = Worker(arguments.t5gqa_python, folder, input_ids, int(text), dtype)
+    if not arguments.no_ctranslate2:
+        import ctranslate2
+
+        types = arguments.ctranslate2 or sorted(ctranslate2.get_supported_compute_types("cpu"))
+        found |= {f"CTranslate2 {kind}": ctranslate2_t5(folder, input_ids, kind) for kind in types}
+    return found
+
+
+@command
+def main() -> None:
+    """The command: a table, and last one line of JSON."""
+    arguments = _parser().parse_args()
+    check_ranges(
+        TimingConfig(
+            batch_size=arguments.batch_size,
+            source_length=arguments.source_length,
+            output_length=arguments.output_length,
+        )
+    )
+    if arguments.output_length < 2:
+        raise InputError("--output-length must be 2 or more: decoding is the time of further tokens")
+    for dtype in arguments.dtypes:
+        if dtype not in DTYPES or not supports_dtype(dtype, "cpu"):
+            raise InputError(f"--dtypes {dtype} does not run on this CPU; use {', '.join(DTYPES)} as it supports")
+    prepare(arguments.threads)
+    geometry = T5Config.from_model_config(read_model_config(arguments.model))
+    generator = torch.Generator().manual_seed(arguments.seed)
+    shape = (arguments.batch_size, arguments.source_length)
+    input_ids = torch.randint(len(SPECIAL), geometry.vocab_size, shape, generator=generator)
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, timing_alone(), console.status("loading") as status:
+        contestants = engines(arguments, Path(folder), input_ids, geometry)
+        reference = f"ours {arguments.dtypes[0]}"
+        ids = {name: decode(arguments.output_length) for name, decode in contestants.items()}
+        equal = {name: agreement(ids[reference], theirs) for name, theirs in ids.items()}
+        host = local_device("cpu", arguments.dtypes[0])
+        series = interleave(
+            {name: _timed(decode, arguments.output_length) for name, decode in contestants.items()},
+            warmup_rounds=1,
+            min_rounds=arguments.rounds,
+            min_seconds=0.0,
+            max_seconds=3600.0,
+            rng=np.random.default_rng(arguments.seed),
+            progress=status.update,
+        )
+        for decode in contestants.values():
+            if isinstance(decode, Worker):
+                decode.close()
+    steps = {name: step_seconds(series, name, arguments.output_length) for name in contestants}
+    mine = [name for name in contestants if name.startswith("ours ") and "G=" not in name]
+    table = Table(
+        title=f"{arguments.model}, batch {arguments.batch_size}, source {arguments.source_length}, "
+        f"{arguments.output_length} tokens, {hardware_id()}",
+        caption=f"Decoding alone. Medians over {arguments.rounds} interleaved rounds; ratios within a round, "
+        f"with 95 % bootstrap interval. Plain read {host.bandwidth / 1e9:.1f} GB/s. Equal: share of ids before the "
+        f"first that differs from {reference}.",
+    )
+    for heading in ("engine", "tokens/s", "ms per step", *(f"{name} / it" for name in mine), "equal ids"):
+        table.add_column(heading, justify="left" if heading == "engine" else "right")
+    summary: dict[str, Any] = {}
+    for name, seconds in steps.items():
+        ratios = [median_interval(own / s for own, s in zip(seconds, steps[other], strict=True)) for other in mine]
+        speed = arguments.batch_size / float(np.median(seconds))
+        shown = ["-" if r is None else f"{r.median:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in ratios]
+        table.add_row(name, f"{speed:.0f}", f"{1e3 * float(np.median(seconds)):.2f}", *shown, f"{equal[name]:.0%}")
+        summary[name] = {
+            "tokens_per_second": speed,
+            "step_seconds": seconds,
+            "equal_ids": equal[name],
+            **{f"{other} / it": None if r is None else vars(r) for other, r in zip(mine, ratios, strict=True)},
+        }
+    out = Console()
+    (out if out.is_terminal else Console(width=160)).print(table)
+    print(json.dumps({"settings": vars(arguments), "engines": summary, "environment": environment()}))
+
+
+def _timed(decode: Decode, tokens: int) -> Callable[[], Sample]:
+    """One timed run of an engine: a long output and a single token."""
+    from time import perf_counter
+
+    def run() -> Sample:
+        readings = [perf_counter()]
+        for count in (tokens, 1):
+            decode(count)
+            readings.append(perf_counter())
+        long, short = np.diff(readings).tolist()
+        return {"long": [long], "short": [short]}
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
