@@ -99,6 +99,24 @@ class GroupedAttention(nn.Module):
         return self.attend(x_BTD, *self.keys_values(source_BSD), bias)
 
 
+def cache_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
+    """A decode step's attention on CPU, (B, G, R, K); SDPA takes four times as long for MHA's one query per head."""
+    if q_BGRK.dtype == torch.float32:
+        scores_BGRS = q_BGRK @ k_BGSK.transpose(-1, -2)
+    else:
+        scores_BGRS = (k_BGSK @ q_BGRK.transpose(-1, -2)).transpose(-1, -2)
+    if bias is not None:
+        scores_BGRS = scores_BGRS + bias
+    return scores_BGRS.softmax(dim=-1) @ v_BGSK  # softmax accumulates in float32 whatever the dtype
+
+
+# As an operation of its own for torch.compile, which would turn the products with MHA's single query into loops that
+# read half as fast.
+torch.library.custom_op("gqa_exp::cache_attention", cache_attention, mutates_args=()).register_fake(
+    lambda q_BGRK, k_BGSK, v_BGSK, bias: torch.empty_like(q_BGRK)
+)
+
+
 class KVCache:
     """Preallocated keys and values of one attention site while decoding, and the attention of a step over them.
 
@@ -130,6 +148,12 @@ class KVCache:
         self.k_BGSK[:, :, start:end] = k_BGTK
         self.v_BGSK[:, :, start:end] = v_BGTK
 
+    def put(self, k_BGK: Tensor, v_BGK: Tensor, position_1: Tensor) -> None:
+        """Store the keys and values of one position, given as a tensor of one index."""
+        axis = 3 if self.keys_transposed else 2
+        self.keys.index_copy_(axis, position_1, k_BGK.unsqueeze(axis))
+        self.v_BGSK.index_copy_(2, position_1, v_BGK.unsqueeze(2))
+
     def attend(self, q_BGRK: Tensor, end: int, bias: Tensor | None = None) -> Tensor:
         """Attention of one query position per sequence over the first `end` cached positions.
 
@@ -144,14 +168,9 @@ class KVCache:
         k_BGSK, v_BGSK = self.k_BGSK[:, :, :end], self.v_BGSK[:, :, :end]
         if q_BGRK.device.type != "cpu":
             return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias, scale=1.0)
-        # Written out: SDPA's kernel for CPU takes four times as long for the single query per KV head of MHA.
-        if self.keys_transposed:
-            scores_BGRS = q_BGRK @ k_BGSK.transpose(-1, -2)
-        else:
-            scores_BGRS = (k_BGSK @ q_BGRK.transpose(-1, -2)).transpose(-1, -2)
-        if bias is not None:
-            scores_BGRS = scores_BGRS + bias
-        return scores_BGRS.softmax(dim=-1) @ v_BGSK  # softmax accumulates in float32 whatever the dtype
+        if torch.compiler.is_compiling():
+            return torch.ops.gqa_exp.cache_attention(q_BGRK, k_BGSK, v_BGSK, bias)  # type: ignore[no-any-return]
+        return cache_attention(q_BGRK, k_BGSK, v_BGSK, bias)
 
     def keep(self, rows_B: Tensor) -> None:
         """Keep only the sequences of these indices, in their order."""

@@ -19,7 +19,7 @@ def main() -> None:
     folder, inputs, kv_heads, dtype, threads = sys.argv[1:]
     import torch
     import transformers
-    from grouped_query_attention_pytorch.t5 import convert_t5_to_gqa  # type: ignore[import-not-found]
+    from grouped_query_attention_pytorch.t5 import convert_t5_to_gqa
 
     torch.set_num_threads(int(threads))
     model: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder)

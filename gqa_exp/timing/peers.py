@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 def ours(model: T5, input_ids: Tensor, dtype: str) -> Decode:
     """This project's `generate`."""
     prepared = InferenceT5(model.to(getattr(torch, dtype)).eval())
-    return lambda tokens: generate(prepared, input_ids, max_new_tokens=tokens, stop_at_eos=False).tolist()  # type: ignore[no-any-return]
+    return lambda tokens: generate(prepared, input_ids, max_new_tokens=tokens, stop_at_eos=False).tolist()
 
 
 def transformers_t5(folder: Path, input_ids: Tensor, dtype: str) -> Decode:
@@ -87,6 +88,8 @@ def ctranslate2_t5(folder: Path, input_ids: Tensor, compute_type: str) -> Decode
     return decode
 
 
+REST = 0.3
+"""Seconds before each timed run, until the threads of the engine before have stopped spinning (OpenMP: 0.2 s)."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
@@ -115,7 +118,15 @@ class Worker:
         """
         inputs = folder / "input_ids.json"
         inputs.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
-        command_line = [python, WORKER, folder, inputs, str(kv_heads), dtype, str(torch.get_num_threads())]
+        command_line = [
+            python,
+            str(WORKER),
+            str(folder),
+            str(inputs),
+            str(kv_heads),
+            dtype,
+            str(torch.get_num_threads()),
+        ]
         self.process = subprocess.Popen(
             command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -268,9 +279,9 @@ def main() -> None:
 
 def _timed(decode: Decode, tokens: int) -> Callable[[], Sample]:
     """One timed run of an engine: a long output and a single token."""
-    from time import perf_counter
 
     def run() -> Sample:
+        sleep(REST)
         readings = [perf_counter()]
         for count in (tokens, 1):
             decode(count)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -28,6 +30,91 @@ def test_every_cached_step_equals_a_full_forward_pass(tiny_model, padded_batch, 
             prepared.step(decoder_ids[:, -1], state)
     generated = generate(model, input_ids, mask, max_new_tokens=steps, stop_at_eos=False)
     assert torch.equal(generated, decoder_ids[:, 1:])
+
+
+def steps_of(model, input_ids, mask, tokens_BT):
+    """Logits (B, T, V) of decode steps that are fed the given tokens."""
+    with torch.inference_mode():
+        state = model.start(model.encode(input_ids, mask), mask, tokens_BT.shape[1])
+        return torch.stack([model.step(token_B, state) for token_B in tokens_BT.T], dim=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_compiled_steps_equal_a_full_forward_pass(tiny_model, padded_batch, monkeypatch, dtype, tolerance):
+    monkeypatch.setattr("gqa_exp.model.inference.STRETCH", 6)  # ten steps in two graphs
+    model = tiny_model(num_kv_heads=[4, 1, 2], relative_buckets=8, relative_max_distance=20)
+    input_ids, mask = padded_batch([9, 4], model.config.vocab_size)
+    tokens_BT = torch.randint(3, model.config.vocab_size, (2, 10))
+    with torch.no_grad():
+        expected = model(input_ids, tokens_BT, mask)
+    compiled = InferenceT5(model.to(dtype), compile_step=True)
+    assert compiled.compiled
+    found = steps_of(compiled, input_ids, mask, tokens_BT)
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+    ours = generate(compiled, input_ids, mask, max_new_tokens=10, stop_at_eos=False)
+    if dtype == torch.float32:
+        assert torch.equal(ours, generate(model, input_ids, mask, max_new_tokens=10, stop_at_eos=False))
+
+
+def test_without_a_compiler_steps_run_eagerly(tiny_model, monkeypatch):
+    monkeypatch.setattr("gqa_exp.model.inference.can_compile", lambda accelerator: False)
+    model = InferenceT5(tiny_model(), compile_step=True)
+    assert not model.compiled
+    assert model._decode_once == model._decode
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_packed_and_plain_weights_give_the_same(tiny_model, padded_batch, monkeypatch, onednn):
+    model = tiny_model(num_kv_heads=2)
+    input_ids, mask = padded_batch([9, 4], model.config.vocab_size)
+    tokens_BT = torch.randint(3, model.config.vocab_size, (2, 6))
+    monkeypatch.setattr("gqa_exp.model.inference.HAS_ONEDNN", onednn)
+    prepared = InferenceT5(model)
+    assert (prepared.lm_head.packed is not None) == onednn
+    with torch.no_grad():
+        expected = model(input_ids, tokens_BT, mask)
+    torch.testing.assert_close(steps_of(prepared, input_ids, mask, tokens_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputed_cross_attention_equals_cached(tiny_model, padded_batch):
+    model = tiny_model(num_kv_heads=2)
+    input_ids, mask = padded_batch([9, 4], model.config.vocab_size)
+    tokens_BT = torch.randint(3, model.config.vocab_size, (2, 6))
+    cached, recomputed = (InferenceT5(model, how) for how in ("cached", "recomputed"))
+    with torch.inference_mode():
+        state = recomputed.start(recomputed.encode(input_ids, mask), mask, 6)
+        for cache in state.cross_caches:
+            cache.keys.fill_(torch.nan)
+    found = [steps_of(each, input_ids, mask, tokens_BT) for each in (cached, recomputed)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        assert recomputed.step(tokens_BT[:, 0], state).isfinite().all(), "each step computes them anew"
+
+
+def test_ended_sequences_leave_the_batch(tiny_model, monkeypatch):
+    """Work shrinks with the sequences that go on, and what these become does not change by it."""
+    rows, real_step = [], InferenceT5.step
+
+    def step(self, token_B, state):
+        rows.append(len(token_B))
+        assert {len(cache.v_BGSK) for cache in (*state.self_caches, *state.cross_caches)} == {len(token_B)}
+        return real_step(self, token_B, state)
+
+    monkeypatch.setattr(InferenceT5, "step", step)
+    some_left = 0
+    for seed in range(8):
+        model = eos_model(tiny_model, seed, num_kv_heads=2)
+        ids = torch.randint(0, 8, (6, 4))
+        rows.clear()
+        stopped = generate(model, ids, max_new_tokens=12)
+        assert rows[0] == 6
+        assert all(2 * later <= earlier or later == earlier for earlier, later in itertools.pairwise(rows))
+        some_left += rows[-1] < 6
+        for row in range(6):
+            alone = generate(model, ids[row : row + 1], max_new_tokens=12)[0]
+            assert torch.equal(stopped[row, : len(alone)], alone)
+            assert not stopped[row, len(alone) :].any()
+    assert some_left
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
