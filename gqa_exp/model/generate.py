@@ -27,8 +27,8 @@ def generate(
         attention_mask: (B, S), 1 for tokens and 0 for padding; None when nothing is padded.
         max_new_tokens: longest output.
         stop_at_eos: after a sequence's end-of-sequence emit padding, and stop when all have ended; when at least half
-            have, they leave the batch. False generates exactly `max_new_tokens` tokens for each, so that timed variants
-            do equal work.
+            have, they leave the batch (unless steps are compiled). False generates exactly `max_new_tokens` tokens for
+            each, so that timed variants do equal work.
 
     Returns:
         ids (B, at most max_new_tokens), without the start token.
@@ -58,7 +58,7 @@ def generate(
             going_B = (~ended_B).nonzero().flatten()
             if not len(going_B):
                 break
-            if 2 * len(going_B) <= len(ended_B):
+            if 2 * len(going_B) <= len(ended_B) and not model.compiled:  # a graph has a fixed batch
                 state.keep(going_B)
                 rows_B, token_B, ended_B = rows_B[going_B], token_B[going_B], ended_B[going_B]
     return _cut(ids_BT, config.eos_id) if stop_at_eos else ids_BT

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gqa_exp.host import can_compile, supports_dtype
 from gqa_exp.model.attention import KVCache
-from gqa_exp.model.t5 import T5, DecoderLayer, additive_mask
+from gqa_exp.model.t5 import T5, DecoderLayer, additive_mask, allow_many_versions
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 STRETCH = 128
@@ -182,6 +182,7 @@ class InferenceT5(nn.Module):
     def _prepare_step(self) -> None:
         self._decode_once = self._decode
         if self.compiled:
+            allow_many_versions()
             # On a GPU recorded as a CUDA graph; on CPU weights are constants of the graph, which packs them.
             on_gpu = self.device.type == "cuda"
             how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}

@@ -19,7 +19,7 @@ from gqa_exp.config import ModelConfig, kv_heads_per_layer
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
 
 RECOMPILE_LIMIT = 128
-"""Compiled versions of a layer that a process may hold."""
+"""Compiled versions of a layer, or of a decode step, that a process may hold."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class T5(nn.Module):
         Layers of one kind, of all models of a process, share torch's limit of compiled versions, 8 by default, beyond
         which they run uncompiled. A sweep needs one per number of KV heads, kind of mask and mode: the limit is raised.
         """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        allow_many_versions()
         for layer in (*self.encoder.layers, *self.decoder.layers):
             layer.compile()
 
@@ -298,6 +298,11 @@ class T5(nn.Module):
         """Decoder inputs (B, T) that predict `labels` (B, T): the start token, then the labels but the last."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_id)
         return torch.cat([start, labels[:, :-1]], dim=1)
+
+
+def allow_many_versions() -> None:
+    """Let a function have `RECOMPILE_LIMIT` compiled versions in a process; beyond torch's 8 it runs uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     short.add_argument("--prove", action="store_true", help="time each variant whole as well, and compare")
     how = parser.add_argument_group("protocol")
+    how.add_argument("--compile", default=default.compile, metavar="auto|on|off", help="torch.compile decode steps")
     how.add_argument("--min-rounds", type=int, default=default.min_rounds)
     how.add_argument("--min-seconds", type=float, default=default.min_seconds)
     how.add_argument("--max-seconds", type=float, default=default.max_seconds)

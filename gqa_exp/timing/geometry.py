@@ -10,6 +10,7 @@ from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError
 from gqa_exp.model import T5, InferenceT5, T5Config
 from gqa_exp.timing.cost import BYTES_PER_ELEMENT, Work
+from gqa_exp.timing.timer import to_compile
 
 DEPTHS = ([1, 2, 4], [1, 2])
 """Depths to extend from where the whole does not fit, the first that fits."""
@@ -102,7 +103,11 @@ def random_models(
                 geometry = whole if depth is None else whole.cut(depth)
                 first = next(iter(models.values()), None)
                 encoder_layers = geometry.num_encoder_layers if first is None else 0
-                model = InferenceT5(T5(replace(geometry, num_encoder_layers=encoder_layers)).eval(), config.cross_kv)
+                model = InferenceT5(
+                    T5(replace(geometry, num_encoder_layers=encoder_layers)).eval(),
+                    config.cross_kv,
+                    compile_step=to_compile(config, whole, dtype),
+                )
                 if first is not None:
                     model.config = geometry
                     model.encoder, model.embedding, model.lm_head = first.encoder, first.embedding, first.lm_head

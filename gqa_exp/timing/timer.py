@@ -27,7 +27,7 @@ from gqa_exp.host import resolve_dtype, supports_dtype
 from gqa_exp.model import T5, InferenceT5, T5Config, generate
 from gqa_exp.results import TIME_FIELDS, Scalar
 from gqa_exp.timing.compose import Composition, Sample, at_depth
-from gqa_exp.timing.cost import Bound, Device, Work, bound
+from gqa_exp.timing.cost import BYTES_PER_ELEMENT, Bound, Device, Work, bound
 from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
 from gqa_exp.timing.probe import local_device, synchronised_clock
@@ -42,6 +42,9 @@ TWIN = "A/A"
 """The name under which the reference takes part a second time."""
 NOISY = 0.2
 """A noise floor above this is worth a warning."""
+WORTH_COMPILING = 500e6
+"""Bytes of a decode step below which compiling is worth it: at 30 GB/s a step of so many takes 17 ms, against 1 to 2 ms
+that Python and small operations take in 12 layers."""
 STEP_REPEATS = 3
 """Repetitions of a decode step at each fill, where steps are sampled."""
 NATURAL_ROUNDS = 3
@@ -79,6 +82,8 @@ class Cost:
 
     decode_step_bytes: int
     """Bytes a decode step must read, at the mean cache fill of the steps after the first."""
+    compiled: bool = False
+    """Whether decode steps were compiled."""
     predicted: Bound | None = None
     """The cost model's lower bound on this host, fixed by two probes before anything was timed."""
     allocated_cache_bytes_per_sample: int | None = None
@@ -328,6 +333,7 @@ class TimingReport:
             "dtype": self.dtype,
             "rounds": len(self.end_to_end.sound),
             "device": self.config.device,
+            "compiled": cost.compiled,
             "cross_kv": self.config.cross_kv,
             "composed": composition.describe() if composition else None,
             "fit_error": self.fit_error(name),
@@ -519,6 +525,13 @@ def runnable_dtype(config: TimingConfig) -> tuple[str, list[str]]:
     return "float32", [f"{dtype} is not supported on this {config.device}: timed in float32 instead"]
 
 
+def to_compile(config: TimingConfig, geometry: T5Config, dtype: str) -> bool:
+    """Whether decode steps of a geometry are to be compiled, see `TimingConfig.compile`."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    return _step_bytes(geometry, config, BYTES_PER_ELEMENT[dtype]) < WORTH_COMPILING
+
+
 def _work(geometry: T5Config, config: TimingConfig, dtype: str) -> Work:
     return Work(
         geometry, config.batch_size, config.source_length, config.output_length, dtype, cross_kv=config.cross_kv
@@ -598,7 +611,8 @@ class ModelRunner:
         """Sizes at the stated lengths."""
         element = self.model.embedding.weight.element_size()
         real = None if self.real is None else self.real[0].shape[0]
-        return Cost(_step_bytes(self.model.config, self.config, element), self.predicted, self._allocated, real)
+        step_bytes = _step_bytes(self.model.config, self.config, element)
+        return Cost(step_bytes, self.model.compiled, self.predicted, self._allocated, real)
 
 
 class PartsRunner:
@@ -663,8 +677,9 @@ class PartsRunner:
 
     def cost(self) -> Cost:
         """Sizes of the whole geometry at the stated lengths."""
-        element = next(iter(self.parts.values())).embedding.weight.element_size()
-        return Cost(_step_bytes(self.geometry, self.config, element), self.predicted)
+        part = next(iter(self.parts.values()))
+        step_bytes = _step_bytes(self.geometry, self.config, part.embedding.weight.element_size())
+        return Cost(step_bytes, part.compiled, self.predicted)
 
 
 def _prepared(model: T5 | InferenceT5, dtype: str, config: TimingConfig) -> InferenceT5:
@@ -675,7 +690,7 @@ def _prepared(model: T5 | InferenceT5, dtype: str, config: TimingConfig) -> Infe
     right = all(p.dtype == wanted and p.device.type == config.device for p in model.parameters())
     if not right or model.training:
         model = copy.deepcopy(model).to(device=config.device, dtype=wanted).eval()
-    return InferenceT5(model, config.cross_kv)
+    return InferenceT5(model, config.cross_kv, compile_step=to_compile(config, model.config, dtype))
 
 
 def _cautions(report: TimingReport) -> list[str]:

@@ -35,7 +35,7 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
         config.tracking.mode = "disabled"
         timing = config.timing
         timing.batch_size, timing.source_length, timing.output_length, timing.min_rounds = 2, 8, 3, 2
-        timing.min_seconds, timing.dtype = 0.0, "float32"
+        timing.min_seconds, timing.dtype, timing.compile = 0.0, "float32", "off"
         for name, value in changes.items():
             setattr(config, name, value)
         if not base.exists():

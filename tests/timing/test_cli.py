@@ -25,7 +25,14 @@ GEOMETRY = {
     "num_decoder_layers": 2,
     "vocab_size": 128,
 }
-QUICK = ["--batch-size=2", "--source-length=6", "--output-length=3", "--min-rounds=2", "--min-seconds=0"]
+QUICK = [
+    "--batch-size=2",
+    "--source-length=6",
+    "--output-length=3",
+    "--min-rounds=2",
+    "--min-seconds=0",
+    "--compile=off",
+]
 
 
 @pytest.fixture(autouse=True)

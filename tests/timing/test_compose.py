@@ -140,7 +140,7 @@ def test_parts_do_the_work_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_composed_and_whole_are_timed_side_by_side() -> None:
     config = TimingConfig(
-        batch_size=2, source_length=6, output_length=4, min_rounds=2, min_seconds=0.0, dtype="float32",
+        batch_size=2, source_length=6, output_length=4, min_rounds=2, min_seconds=0.0, dtype="float32", compile="off",
         depths=[1, 2], fills=[1, 4], encoder_batch_size=1,
     )  # fmt: skip
     torch.manual_seed(0)

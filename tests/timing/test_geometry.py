@@ -10,7 +10,7 @@ from gqa_exp.errors import InputError
 from gqa_exp.model import T5, InferenceT5, T5Config
 from gqa_exp.timing.geometry import _decoder_parameters, bytes_needed, depths_that_fit, random_models
 
-CONFIG = TimingConfig(batch_size=3, source_length=16, output_length=4, dtype="float32")
+CONFIG = TimingConfig(batch_size=3, source_length=16, output_length=4, dtype="float32", compile="off")
 
 
 def geometry(kv_heads: object, layers: int = 6) -> T5Config:

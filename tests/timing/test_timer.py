@@ -70,7 +70,7 @@ class FakeRunner:
 
     def cost(self) -> Cost:
         predicted = Bound(encode=1.0, cross_cache=0.5, decode=2.5, step=0.25, step_bytes=1e9, step_flops=1e9)
-        return Cost(800, predicted, 64, 6 if self.name == "MQA" else None)
+        return Cost(800, False, predicted, 64, 6 if self.name == "MQA" else None)
 
 
 def report_of(mha: Iterator[float], mqa: Iterator[float], **overrides: object) -> tuple[TimingReport, list]:
@@ -264,7 +264,14 @@ TINY = {
     "num_decoder_layers": 2,
 }
 SMALL = TimingConfig(
-    batch_size=3, source_length=7, output_length=5, min_rounds=2, min_seconds=0.0, device="cpu", dtype="float32"
+    batch_size=3,
+    source_length=7,
+    output_length=5,
+    min_rounds=2,
+    min_seconds=0.0,
+    device="cpu",
+    dtype="float32",
+    compile="off",
 )
 
 
