@@ -1,4 +1,4 @@
-"""gqa-report: a results folder in; table, figure, claims and a report that holds them together out.
+"""gqa-report: a results folder in; table, figure, claims and a report that holds them together out. Times alone too.
 
 It reads rows and per-example scores only, so it runs anywhere, in seconds, as often as one likes.
 """
@@ -14,6 +14,7 @@ from analysis.claims import Claim, all_claims, claims_markdown
 from analysis.figures import write_frontier
 from analysis.study import Point, Study, number, read_study
 from analysis.tables import MISSING, console_table, frame, markdown, table_markdown, with_interval
+from analysis.times import read_jobs, write_times
 from gqa_exp.errors import InputError, Parser, command, one_line
 from gqa_exp.results import write_atomically
 
@@ -192,7 +193,9 @@ def environment(study: Study) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = Parser(prog="gqa-report", description="Tables, figure, claims and report from result rows.")
-    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="folder of KEY.json rows")
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS_DIR", help="folder of KEY.json rows, or the output folder of gqa-time"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RESULTS_DIR/report)")
     parser.add_argument("--sweep", metavar="NAME", help="only rows of this sweep (default: all)")
     return parser.parse_args()
@@ -203,4 +206,8 @@ def main() -> None:
     """Entry point of gqa-report."""
     arguments = _arguments()
     output = arguments.output or arguments.results / "report"
+    times = arguments.results / "times"
+    if not list(arguments.results.glob("*.json")) and times.is_dir() and (jobs := read_jobs(times)):
+        print(f"times   {write_times(jobs, output)}")
+        return
     write_report(arguments.results, output, arguments.sweep)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ from gqa_exp.host import prepare
 from gqa_exp.model import T5, InferenceT5, T5Config
 from gqa_exp.model.checkpoint import load
 from gqa_exp.results import write_atomically
+from gqa_exp.timing.cost import DEVICES, Work, seconds_per_sample
 from gqa_exp.timing.geometry import depths_that_fit, free_memory, random_models
 from gqa_exp.timing.timer import WHOLE, Estimate, TimingReport, runnable_dtype, time_variants
 
 MODELS = ROOT / "conf" / "model"
 QUALITY = "not quality-checked"
+ELSEWHERE = (DEVICES["H100"], DEVICES["A100"], dataclasses.replace(DEVICES["TPUv4"], count=8))
+"""Devices that the cost model is asked for beside this host; the last is what the paper timed on."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +170,7 @@ def main() -> None:
         "sweep": arguments.sweep,
         "model": arguments.model,
         "models": {name: dataclasses.asdict(geometries.get(name, model.config)) for name, model in variants.items()},
+        "elsewhere": _elsewhere({name: geometries.get(name, model.config) for name, model in variants.items()}, config),
         **report.to_dict(),
     }
     text = json.dumps(record, indent=1)
@@ -179,6 +183,21 @@ def main() -> None:
     for line in _remarks(report):
         out.print(line)
     print(json.dumps({"file": str(path), "quality": QUALITY, **_summary(report)}))
+
+
+def _elsewhere(
+    geometries: Mapping[str, T5Config], config: TimingConfig
+) -> dict[str, dict[str, dict[str, float | int]]]:
+    """The cost model on devices of data sheets, in bfloat16: by device and variant, batch and seconds per sample."""
+    found: dict[str, dict[str, dict[str, float | int]]] = {}
+    for device in ELSEWHERE:
+        label = device.name if device.count == 1 else f"{device.count} {device.name}"
+        for name, geometry in geometries.items():
+            work = Work(geometry, 1, config.source_length, config.output_length, cross_kv=config.cross_kv)
+            batch, seconds = seconds_per_sample(work, device)
+            if batch:
+                found.setdefault(label, {})[name] = {"batch_size": batch, "per_sample": seconds}
+    return found
 
 
 def _depths(words: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ where there are more devices than KV heads each holds a copy of one (paper, sect
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gqa_exp.model import T5Config
 
@@ -243,6 +243,24 @@ def bound(work: Work, device: Device) -> Bound:
         step_bytes=sum(operation.bytes for operation in middle),
         step_flops=sum(operation.flops for operation in middle),
     )
+
+
+def seconds_per_sample(work: Work, device: Device, most: int = 32) -> tuple[int, float]:
+    """What the paper reports (PAPER.md, timing): seconds per sample and device, at the largest batch that fits.
+
+    Args:
+        work: what is decoded; its batch size and device count play no part.
+        device: which, and how many.
+        most: samples per device at most.
+
+    Returns:
+        (batch over all devices, bound on the time of the batch x devices / batch). (0, infinity) where nothing fits.
+    """
+    work = replace(work, devices=device.count)
+    batch = min(largest_batch(work, device), most * device.count)
+    if not batch:
+        return 0, math.inf
+    return batch, bound(replace(work, batch_size=batch), device).total * device.count / batch
 
 
 def largest_batch(work: Work, device: Device) -> int:

@@ -1,0 +1,182 @@
+"""Training speed against transformers' T5: same weights, batches, loss, precision, optimizer, interleaved in one run.
+
+    pip install -e '.[bench]'
+    python -m gqa_exp.training.benchmark --models mini t5_small
+
+A run is a few steps: forward, loss, backward and Adafactor. Each side takes part eagerly and compiled, and is compared
+by its faster form. Only the model differs, so the ratio says what the model is worth.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gqa_exp.errors import InputError, Parser, command
+from gqa_exp.host import can_compile, prepare, resolve_dtype
+from gqa_exp.model import T5, T5Config
+from gqa_exp.model.checkpoint import save_hf
+from gqa_exp.model.t5 import allow_many_versions
+from gqa_exp.timing.cli import read_model_config
+from gqa_exp.timing.compose import Sample
+from gqa_exp.timing.environment import environment, hardware_id
+from gqa_exp.timing.hostlock import timing_alone
+from gqa_exp.timing.timer import interleave, median_interval
+from gqa_exp.training.adafactor import Adafactor
+from gqa_exp.training.loss import token_loss
+
+SHAPES = {"pre-training": (56, 128, 29), "fine-tuning": (14, 256, 32)}
+"""Windows or examples of a step, input tokens, target tokens: the mini base's own, and debian_synopsis's at 4096."""
+Logits = Callable[[Tensor, Tensor], Tensor]
+
+
+class Trainee:
+    """A model in training on one fixed batch.
+
+    Args:
+        model: trained in place.
+        logits: (input ids, decoder input ids) to logits (B, T, V).
+        batch: input ids (B, S) and labels (B, T).
+        dtype: of matrix products; weights are float32.
+    """
+
+    def __init__(self, model: nn.Module, logits: Logits, batch: tuple[Tensor, Tensor], dtype: str) -> None:
+        self.model, self.logits = model.train(), logits
+        self.input_ids, self.labels = batch
+        self.decoder_input_ids = torch.cat([torch.zeros_like(self.labels[:, :1]), self.labels[:, :-1]], dim=1)
+        self.dtype = dtype
+        self.optimizer = Adafactor(model.parameters(), lr=1e-3)
+
+    def loss(self) -> Tensor:
+        """Of the batch, before a step."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return token_loss(self.logits(self.input_ids, self.decoder_input_ids), self.labels, 1e-4, 0)[0]
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed: int) -> dict[str, Trainee]:
+    """Both sides from the same weights, eager and, where there is a compiler, compiled."""
+    import transformers
+
+    found = {}
+    for form in ("eager", "compiled") if can_compile("cpu") else ("eager",):
+        torch.manual_seed(seed)
+        mine = T5(geometry)
+        with tempfile.TemporaryDirectory() as folder:
+            save_hf(mine, folder)
+            theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        theirs.config.use_cache = False
+        if form == "compiled":
+            mine.compile_layers()
+            allow_many_versions()
+            for block in (*theirs.encoder.block, *theirs.decoder.block):
+                block.compile()
+        found[f"ours {form}"] = Trainee(mine, mine, batch, dtype)
+        found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype)
+    losses = {name: float(trainee.loss()) for name, trainee in found.items()}
+    if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
+        raise RuntimeError(f"the same weights give different losses: {losses}")
+    return found
+
+
+def _logits_of(model: Any) -> Logits:
+    def logits(input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    return logits
+
+
+def _timed(trainee: Trainee, steps: int) -> Callable[[], Sample]:
+    def run() -> Sample:
+        start = perf_counter()
+        for _ in range(steps):
+            trainee.step()
+        return {"steps": [perf_counter() - start]}
+
+    return run
+
+
+def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Tokens per second of each side and form, and the ratio of their faster forms."""
+    geometry = T5Config.from_model_config(read_model_config(model))
+    B, S, T = SHAPES[shape]
+    generator = torch.Generator().manual_seed(arguments.seed)
+    batch = tuple(torch.randint(3, geometry.vocab_size, (B, length), generator=generator) for length in (S, T))
+    contestants = trainees(geometry, (batch[0], batch[1]), dtype, arguments.seed)
+    series = interleave(
+        {name: _timed(trainee, arguments.steps) for name, trainee in contestants.items()},
+        warmup_rounds=2,
+        min_rounds=arguments.rounds,
+        min_seconds=0.0,
+        max_seconds=3600.0,
+        rng=np.random.default_rng(arguments.seed),
+    )
+    seconds = {name: np.array(series.per_round(name, "steps")) / arguments.steps for name in contestants}
+    speeds = {name: B * (S + T) / float(np.median(each)) for name, each in seconds.items()}
+    sides = ("ours", "transformers")
+    best = {side: max((form for form in speeds if form.startswith(side)), key=speeds.__getitem__) for side in sides}
+    ratio = median_interval(seconds[best["transformers"]] / seconds[best["ours"]])
+    assert ratio is not None
+    return {
+        "model": model,
+        "shape": shape,
+        "dtype": dtype,
+        "tokens_per_second": speeds,
+        "best": best,
+        "ratio": vars(ratio),
+        "step_seconds": {name: each.tolist() for name, each in seconds.items()},
+    }
+
+
+@command
+def main() -> None:
+    """The command: a table, and last one line of JSON."""
+    parser = Parser(prog="python -m gqa_exp.training.benchmark", description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["mini", "t5_small"], metavar="NAME", help="files of conf/model")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtype", default="auto", metavar="float32|bfloat16|auto")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a timed run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    dtype = resolve_dtype(arguments.dtype, "cpu")
+    if dtype not in ("float32", "bfloat16") or arguments.steps < 1 or arguments.rounds < 2:
+        raise InputError("--dtype must be float32, bfloat16 or auto, --steps 1 or more, --rounds 2 or more")
+    prepare(arguments.threads)
+    results = []
+    with timing_alone():
+        for model in arguments.models:
+            results += [measure(model, shape, arguments, dtype) for shape in arguments.shapes]
+    table = Table(
+        title=f"Training, {dtype}, {hardware_id()}",
+        caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
+        "Ratio of the faster forms within a round, with 95 % bootstrap interval.",
+    )
+    forms = list(results[0]["tokens_per_second"])
+    for heading in ("model", "steps of", *forms, "ours / transformers"):
+        table.add_column(heading, justify="left" if heading in ("model", "steps of") else "right")
+    for result in results:
+        speeds, ratio = result["tokens_per_second"], result["ratio"]
+        shown = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        table.add_row(result["model"], result["shape"], *(f"{speeds[form]:,.0f}" for form in forms), shown)
+    out = Console()
+    (out if out.is_terminal else Console(width=140)).print(table)
+    print(json.dumps({"settings": vars(arguments), "results": results, "environment": environment()}))
+
+
+if __name__ == "__main__":
+    main()
