@@ -85,22 +85,10 @@ def test_files_of_sweeps_are_left_out_and_broken_ones_named(tmp_path: Path) -> N
 def test_from_gqa_time_to_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "gqa-time",
-        "--model",
-        "micro",
-        "--num-kv-heads",
-        "4",
-        "1",
-        "--batch-size",
-        "2",
-        "--source-length",
-        "6",
-        "--output-length",
-        "3",
-    ]
+    words = ["gqa-time", "--model", "micro", "--num-kv-heads", "4", "1"]
+    short = ["--batch-size=2", "--source-length=6", "--output-length=3"]
     quick = ["--min-rounds=2", "--min-seconds=0", "--compile=off", f"--output={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", [*words, *quick])
+    monkeypatch.setattr(sys, "argv", [*words, *short, *quick])
     time_command()
     monkeypatch.setattr(sys, "argv", ["gqa-report", str(tmp_path)])
     report()
