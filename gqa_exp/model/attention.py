@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gqa_exp.model import native
+
 
 def grouped_attention(
     q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None = None, dropout: float = 0.0
@@ -99,8 +101,18 @@ class GroupedAttention(nn.Module):
         return self.attend(x_BTD, *self.keys_values(source_BSD), bias)
 
 
-def cache_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
-    """A decode step's attention on CPU, (B, G, R, K); SDPA takes four times as long for MHA's one query per head."""
+def cache_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None, compiled: bool) -> Tensor:
+    """A decode step's attention on CPU, (B, G, R, K); SDPA takes four times as long for MHA's one query per head.
+
+    Args:
+        q_BGRK: the queries of each group.
+        k_BGSK: the keys to attend to.
+        v_BGSK: their values.
+        bias: added to the scores, broadcastable to (B, G, R, S), or None.
+        compiled: by the kernel of `native.py`.
+    """
+    if compiled:
+        return native.attend(q_BGRK, k_BGSK, v_BGSK, bias)
     if q_BGRK.dtype == torch.float32:
         scores_BGRS = q_BGRK @ k_BGSK.transpose(-1, -2)
     else:
@@ -113,27 +125,38 @@ def cache_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor
 # As an operation of its own for torch.compile, which would turn the products with MHA's single query into loops that
 # read half as fast.
 torch.library.custom_op("gqa_exp::cache_attention", cache_attention, mutates_args=()).register_fake(
-    lambda q_BGRK, k_BGSK, v_BGSK, bias: torch.empty_like(q_BGRK)
+    lambda q_BGRK, k_BGSK, v_BGSK, bias, compiled: torch.empty_like(q_BGRK, memory_format=torch.contiguous_format)
 )
 
 
 class KVCache:
     """Preallocated keys and values of one attention site while decoding, and the attention of a step over them.
 
-    Values lie as (B, G, capacity, K). Keys lie so that the product with a step's queries reads them at the memory's
-    speed: as (B, G, capacity, K), or for float32 on CPU transposed, (B, G, K, capacity). With 64 heads of 64, batch 8
-    and 2048 keys, on 2 cores that read 28 to 33 GB/s, keys were read at (GB/s, R query heads per KV head):
+    Values lie as (B, G, capacity, K). Keys lie so too where the kernel of `native.py` serves, and otherwise as torch's
+    products read them fastest: for float32 on CPU transposed, (B, G, K, capacity). On 2 cores that read 28 GB/s, caches
+    of 2048 positions and 64 heads of 64 at batch 8, larger than all processor caches, were read at (GB/s):
 
-        format, product                         R = 1     2     4     8
-        float32, q k^T, keys as rows               19    23    18    22
-        float32, q k^T, keys transposed            31    21    25    40
-        bfloat16, q k^T, keys as rows              11    26    34    33
-        bfloat16, (k q^T)^T, keys as rows          25    47    47    39
+        query heads per KV head           1     2     4     8    64
+        bfloat16, torch                21.6  17.8  15.8  11.4   4.1
+        bfloat16, native               24.4  20.1  18.7  13.3   2.4
+        float32, torch, transposed     28.2  19.8  16.0  11.8   5.3
+        float32, native                26.4  24.6  24.1  19.1   4.6
+
+    Args:
+        batch: sequences B.
+        num_kv_heads: G.
+        queries: query heads per KV head R.
+        capacity: positions.
+        head_dim: K.
+        like: gives dtype and device.
     """
 
-    def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
+    def __init__(self, batch: int, num_kv_heads: int, queries: int, capacity: int, head_dim: int, like: Tensor) -> None:
         rows, columns = (batch, num_kv_heads, capacity, head_dim), (batch, num_kv_heads, head_dim, capacity)
-        self.keys_transposed = like.device.type == "cpu" and like.dtype == torch.float32
+        on_cpu = like.device.type == "cpu"
+        enough = batch * num_kv_heads >= torch.get_num_threads()  # it shares the work out by sequence and KV head
+        self.native = on_cpu and enough and native.serves(like.dtype, head_dim, queries)
+        self.keys_transposed = on_cpu and like.dtype == torch.float32 and not self.native
         self.keys = like.new_empty(columns if self.keys_transposed else rows)
         self.v_BGSK = like.new_empty(rows)
 
@@ -169,8 +192,8 @@ class KVCache:
         if q_BGRK.device.type != "cpu":
             return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias, scale=1.0)
         if torch.compiler.is_compiling():
-            return torch.ops.gqa_exp.cache_attention(q_BGRK, k_BGSK, v_BGSK, bias)  # type: ignore[no-any-return]
-        return cache_attention(q_BGRK, k_BGSK, v_BGSK, bias)
+            return torch.ops.gqa_exp.cache_attention(q_BGRK, k_BGSK, v_BGSK, bias, self.native)  # type: ignore[no-any-return]
+        return cache_attention(q_BGRK, k_BGSK, v_BGSK, bias, self.native)
 
     def keep(self, rows_B: Tensor) -> None:
         """Keep only the sequences of these indices, in their order."""

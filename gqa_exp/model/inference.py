@@ -11,10 +11,11 @@ F d_ff, V vocabulary.
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class PackedDecoderLayer(nn.Module):
 
     def cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
         """An empty cache of this layer's KV heads."""
-        return KVCache(batch, self.num_kv_heads, capacity, self.head_dim, like)
+        return KVCache(batch, self.num_kv_heads, self.group, capacity, self.head_dim, like)
 
     def fill_cross(self, cache: KVCache, encoded_BSD: Tensor) -> None:
         """Compute cross-attention's keys and values of all source positions into their cache."""
@@ -185,8 +186,7 @@ class InferenceT5(nn.Module):
             allow_many_versions()
             # On a GPU recorded as a CUDA graph; on CPU weights are constants of the graph, which packs them.
             on_gpu = self.device.type == "cuda"
-            how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}
-            self._decode_once = torch.compile(self._decode, dynamic=False, **how)
+            self._decode_once = torch.compile(self._decode, dynamic=False, mode="reduce-overhead" if on_gpu else None)
 
     @property
     def device(self) -> torch.device:
@@ -250,15 +250,17 @@ class InferenceT5(nn.Module):
         if self.compiled:  # a graph has fixed shapes: a few of them, and the bias hides what lies behind the token
             end = min(capacity, -(-end // STRETCH) * STRETCH)
         bias_HT = state.bias_HL[:, capacity - 1 - position :][:, :end]
-        logits_BV = self._decode_once(
-            token_B,
-            state.positions[position : position + 1],
-            bias_HT.contiguous() if self.compiled else bias_HT,
-            state.self_caches,
-            state.cross_caches,
-            state.encoded_BSD,
-            state.cross_mask,
-        )
+        # Not as an option of torch.compile, which tracing does not see; not globally, or training would freeze as well.
+        with inductor.patch(freezing=self.device.type == "cpu") if self.compiled else nullcontext():
+            logits_BV = self._decode_once(
+                token_B,
+                state.positions[position : position + 1],
+                bias_HT.contiguous() if self.compiled else bias_HT,
+                state.self_caches,
+                state.cross_caches,
+                state.encoded_BSD,
+                state.cross_mask,
+            )
         state.length += 1
         return logits_BV
 

@@ -3,10 +3,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from gqa_exp.model import native
 from gqa_exp.model.attention import GroupedAttention, KVCache, RelativePositionBias, grouped_attention
 
 
@@ -99,36 +100,79 @@ def test_attention_dropout_acts_in_training_only():
     assert not torch.allclose(attention.train()(x, x), plain)
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernel(request, monkeypatch):
+    """Caches served by the compiled kernel, and by torch's products, as on hosts that cannot have it."""
+    if request.param == "torch":
+        monkeypatch.setattr("gqa_exp.model.native.library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no AVX-512 with bfloat16, or no compiler")
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_keeps_what_is_filled_in(dtype):
-    cache = KVCache(5, 2, 7, 3, like=torch.zeros((), dtype=dtype))
-    k, v = torch.randn(2, 5, 2, 7, 3, dtype=dtype)
-    for start, end in ((0, 4), (4, 5), (5, 7)):
-        cache.fill(k[:, :, start:end], v[:, :, start:end], start)
-        assert torch.equal(cache.k_BGSK[:, :, :end], k[:, :, :end])
-        assert torch.equal(cache.v_BGSK[:, :, :end], v[:, :, :end])
-    assert cache.nbytes == 2 * 5 * 2 * 7 * 3 * dtype.itemsize  # keys and values, B, G, capacity, K
+def test_cache_keeps_what_is_filled_in(kernel, dtype):
+    cache = KVCache(5, 2, 2, 7, 32, like=torch.zeros((), dtype=dtype))
+    assert cache.native == (kernel == "native")
+    k, v = torch.randn(2, 5, 2, 7, 32, dtype=dtype)
+    cache.fill(k[:, :, :4], v[:, :, :4])
+    for position in (4, 5, 6):
+        cache.put(k[:, :, position], v[:, :, position], torch.tensor([position]))
+        assert torch.equal(cache.k_BGSK[:, :, : position + 1], k[:, :, : position + 1])
+        assert torch.equal(cache.v_BGSK[:, :, : position + 1], v[:, :, : position + 1])
+    assert cache.nbytes == 2 * 5 * 2 * 7 * 32 * dtype.itemsize  # keys and values, B, G, capacity, K
     rows = torch.tensor([3, 0])
     cache.keep(rows)
     assert torch.equal(cache.k_BGSK, k[rows])
     assert torch.equal(cache.v_BGSK, v[rows])
 
 
+def attention_by_heads(q, k, v, bias):
+    """In float64, KV heads repeated for each of their queries."""
+    B, G, R, K = q.shape
+    k, v = (t.double().repeat_interleave(R, dim=1) for t in (k, v))
+    scores = torch.einsum("bhk,bhsk->bhs", q.double().reshape(B, G * R, K), k)
+    if bias is not None:
+        scores = scores + bias.double().expand(B, G, R, k.shape[2]).reshape(scores.shape)
+    return torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), v).reshape(q.shape)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("group", [1, 2, 4])
-def test_a_step_over_the_cache_is_attention_with_repeated_heads(dtype, tolerance, group):
-    B, G, S, K, end = 3, 2, 7, 8, 5
-    cache = KVCache(B, G, S, K, like=torch.zeros((), dtype=dtype))
+@given(
+    sizes=st.tuples(
+        st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.sampled_from([8, 32, 64, 128])
+    ),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_step_over_the_cache_is_attention_with_repeated_heads(kernel, dtype, tolerance, sizes, seed, data):
+    B, G, R, S, K = sizes
+    torch.manual_seed(seed)
+    cache = KVCache(B, G, R, S, K, like=torch.zeros((), dtype=dtype))
+    end = data.draw(st.integers(1, S))
     k, v = torch.randn(2, B, G, S, K, dtype=dtype)
-    q, bias = torch.randn(B, G, group, K, dtype=dtype), torch.randn(G, group, end, dtype=dtype)
     cache.fill(k, v)
-    repeated_k, repeated_v = (t[:, :, :end].double().repeat_interleave(group, dim=1) for t in (k, v))
-    for added in (None, bias):
-        scores = torch.einsum("bhk,bhsk->bhs", q.double().reshape(B, G * group, K), repeated_k)
-        if added is not None:
-            scores = scores + added.double().reshape(G * group, end)
-        expected = torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), repeated_v).reshape(B, G, group, K)
-        torch.testing.assert_close(cache.attend(q, end, added).double(), expected, rtol=tolerance, atol=tolerance)
+    packed = torch.randn(B, 2 * G * R * K) / K**0.5  # scores of about 1
+    q = packed.to(dtype)[:, : G * R * K].view(B, G, R, K)
+    own = torch.randn(G * R, S, dtype=dtype)[:, S - end :].view(G, R, end)
+    mask = torch.zeros(B, 1, 1, end, dtype=dtype).masked_fill(torch.rand(B, 1, 1, end) < 0.3, torch.finfo(dtype).min)
+    mask[..., 0] = 0
+    for bias in (None, own, mask):
+        expected = attention_by_heads(q, k[:, :, :end], v[:, :, :end], bias)
+        torch.testing.assert_close(cache.attend(q, end, bias).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):
+    fresh = native.library.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_cpu", lambda: "some model avx2")
+    assert fresh() is None
+    monkeypatch.setattr(native, "_cpu", lambda: " ".join(native.NEEDED))
+    monkeypatch.setenv("CXX", "false")
+    assert fresh() is None
+    assert "torch's operations serve" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
