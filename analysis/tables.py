@@ -69,6 +69,7 @@ def frame(study: Study) -> pd.DataFrame:
             )
         _put(row, "time_per_sample", point.time_estimate("per_sample"))
         _put(row, "speedup", point.time_estimate("speedup"))
+        row["predicted_per_sample"] = number(point.time.get("predicted_per_sample"))
         row["decode_step_speedup"] = number(point.time.get("decode_step_speedup"))
         row["noise_floor"] = number(point.time.get("noise_floor"))
         row["kv_cache_bytes_per_sample"] = _cost(point, "kv_cache_bytes_per_sample")
@@ -107,7 +108,7 @@ def cells(study: Study) -> tuple[list[str], list[list[str]]]:
     header = ["point", "method", "proportion", "seeds"]
     header += [f"{task.name} {METRIC_NAMES.get(task.metric, task.metric)}" for task in study.tasks]
     header += ["mean", "mean vs MHA"] if study.has_mean else [f"{task.name} vs MHA" for task in study.tasks]
-    header += ["ms per sample", "speed-up", "step speed-up", "KV KiB per sample", "parameters"]
+    header += ["ms per sample", "bound", "speed-up", "step speed-up", "KV KiB per sample", "parameters"]
     rows = []
     for point in study.points:
         variant = point.variant
@@ -128,7 +129,9 @@ def cells(study: Study) -> tuple[list[str], list[list[str]]]:
             _cost(point, "kv_cache_bytes_per_sample"),
             _cost(point, "parameters"),
         )
+        bound = number(point.time.get("predicted_per_sample"))
         row.append(with_interval(per_sample, 2, 1e3) if per_sample else NOT_MEASURED)
+        row.append(f"{1e3 * bound:.2f}" if bound is not None else MISSING)
         row.append(with_interval(point.time_estimate("speedup"), 2))
         row.append(f"{step:.2f}" if step is not None else MISSING)
         row.append(f"{cache / 1024:,.0f}" if cache else MISSING)
@@ -267,7 +270,8 @@ def legend(study: Study) -> str:
         "Scores are 0 to 100; brackets hold 95 % intervals over evaluated examples (and over seeds where there are "
         "several; sd is the standard deviation over seeds), conditional on one base. Differences are paired by example "
         'and seed; "vs MHA" means MHA uptrained for the same proportion. The mean is over the tasks\' primary scores. '
-        f"{timing} Speed-up is the time of MHA over the point's; step is one decode step alone.\n"
+        f"{timing} Speed-up is the time of MHA over the point's; step is one decode step alone. Bound: the least "
+        "milliseconds per sample that the cost model allows on the host that was timed.\n"
     )
 
 
@@ -277,7 +281,7 @@ def console_table(study: Study) -> Table:
     tasks = header[4 : 4 + len(study.tasks)]
     hidden = {"parameters"}
     if study.has_mean and len(tasks) > 3:
-        hidden.add("step speed-up")
+        hidden |= {"step speed-up", "bound"}
     if study.has_mean and len(tasks) > 4:
         hidden.update(tasks)
     hidden |= {name for name in ("method", "seeds") if len({r[header.index(name)] for r in rows} - {MISSING}) <= 1}

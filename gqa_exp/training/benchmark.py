@@ -86,7 +86,7 @@ def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed:
                 block.compile()
         found[f"ours {form}"] = Trainee(mine, mine, batch, dtype)
         found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype)
-    losses = {name: float(trainee.loss()) for name, trainee in found.items()}
+    losses = {name: trainee.loss().item() for name, trainee in found.items()}
     if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
         raise RuntimeError(f"the same weights give different losses: {losses}")
     return found

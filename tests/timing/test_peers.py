@@ -1,0 +1,64 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gqa_exp.errors import InputError
+from gqa_exp.timing import peers
+from gqa_exp.timing.timer import Round, Series
+
+
+def test_agreement_ends_at_the_first_difference() -> None:
+    assert peers.agreement([[1, 2, 3, 4]], [[1, 2, 3, 4]]) == 1
+    assert peers.agreement([[1, 2, 3, 4]], [[1, 2, 9, 4]]) == 0.5
+    assert peers.agreement([[1, 2], [3, 4]], [[1, 2], [9, 4]]) == 0.5
+
+
+def test_decoding_is_the_long_run_less_the_single_token() -> None:
+    rounds = [Round(["a"], {"a": {"long": [long], "short": [1.0]}}) for long in (5.0, 9.0)]
+    assert peers.step_seconds(Series(rounds=rounds), "a", tokens=5) == [1.0, 2.0]
+
+
+def test_transformers_writes_the_same_on_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "REST", 0.0)
+    words = ["--model=micro", "--batch-size=2", "--source-length=9", "--output-length=6", "--dtypes", "float32"]
+    monkeypatch.setattr(sys, "argv", ["peers", *words, "--num-kv-heads", "2", "--no-ctranslate2", "--rounds=2"])
+    peers.main()
+    printed = capsys.readouterr().out
+    line = json.loads(printed.splitlines()[-1])
+    assert set(line["engines"]) == {"ours float32", "ours float32, G=2", "transformers float32"}
+    theirs = line["engines"]["transformers float32"]
+    assert theirs["equal_ids"] == 1
+    assert len(theirs["step_seconds"]) == 2
+    assert theirs["ours float32 / it"]["median"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output-length=1"], "must be 2 or more"),
+        (["--batch-size=0"], "batch_size=0"),
+        (["--dtypes", "float64"], "--dtypes float64 does not run"),
+        (["--model=t5_bas"], 'did you mean "t5_base"'),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers", *words])
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message
+
+
+def test_a_peer_that_cannot_run_is_said(tmp_path: Path) -> None:
+    # This environment's own interpreter has no T5GQA.
+    with pytest.raises(InputError, match="cannot run T5GQA: ModuleNotFoundError"):
+        peers.Worker(sys.executable, tmp_path, torch.zeros(1, 2, dtype=torch.long), 1, "float32")

@@ -1,0 +1,41 @@
+import json
+import sys
+
+import pytest
+
+from gqa_exp.training import benchmark
+
+
+def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark, "SHAPES", {"fine-tuning": (2, 9, 5)})
+    monkeypatch.setattr(benchmark, "can_compile", lambda accelerator: False)
+    words = ["--models", "micro", "--shapes", "fine-tuning", "--dtype=float32", "--steps=2", "--rounds=2"]
+    losses = []
+    real = benchmark.measure
+
+    def measure(*arguments):
+        monkeypatch.setattr(benchmark, "trainees", spy)
+        return real(*arguments)
+
+    real_trainees = benchmark.trainees
+
+    def spy(*arguments):
+        found = real_trainees(*arguments)
+        before = {name: trainee.loss().item() for name, trainee in found.items()}
+        for trainee in found.values():
+            trainee.step()
+        losses.append((before, {name: trainee.loss().item() for name, trainee in found.items()}))
+        return found
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    benchmark.main()
+    (before, after) = losses[0]
+    assert before["ours eager"] == pytest.approx(before["transformers eager"], rel=1e-5)
+    assert after["ours eager"] == pytest.approx(after["transformers eager"], rel=1e-3)
+    assert after["ours eager"] < before["ours eager"]
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (result,) = line["results"]
+    assert set(result["tokens_per_second"]) == {"ours eager", "transformers eager"}
+    seconds = {name: sorted(each) for name, each in result["step_seconds"].items()}
+    assert result["tokens_per_second"]["ours eager"] == pytest.approx(2 * 14 * 2 / sum(seconds["ours eager"]))
