@@ -70,12 +70,12 @@ class PretrainConfig:
     and for bases that record none.
     """
 
-    steps: int = bounded(7500, 1)
+    steps: int = bounded(30000, 1)
     """Length of the base's run; uptraining for proportion p takes round(p * steps) more steps."""
     batch_size: int = bounded(56, 1)
     """Windows per optimizer step."""
     peak_lr: float = bounded(0.03, 1e-8, 1.0)
-    flat_fraction: float = bounded(0.012, 0.0, 1.0)
+    flat_fraction: float = bounded(0.003, 0.0, 1.0)
     """The rate stays at its peak for this share of the base's steps, then falls as 1/sqrt(step). T5: 0.01."""
     z_loss: float = bounded(1e-4, 0.0, 1.0)
     init: str = one_of("reading", INITIALIZATIONS)

@@ -128,7 +128,7 @@ def test_sweeps_expand_to_their_points(sweep: str, points: int, tmp_path: Path) 
     distinct = points // 4 if sweep == "recipes" else points  # its points differ in a recipe's field
     assert (code, ran, len(checked), len({tuple(point) for point in checked})) == (0, points, points, distinct)
     if sweep == "demo":
-        assert {tuple(point[:2]) for point in checked} == {(8, 0.01), (2, 0.01), (1, 0.01), (1, 0.0)}
+        assert {tuple(point[:2]) for point in checked} == {(8, 0.0025), (2, 0.0025), (1, 0.0025), (1, 0.0)}
 
 
 def test_the_command_line_replaces_what_a_sweep_file_lists(tmp_path: Path) -> None:

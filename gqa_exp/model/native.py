@@ -21,7 +21,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("decode_attention.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+LINK = ("-shared", "-fopenmp")
+"""Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
 NEEDED = {"avx512f", "avx512_bf16"}
 HEAD_DIMS = (32, 64, 128)
 MOST_QUERIES = 8
@@ -70,7 +72,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None or not set(cpu.split()) >= NEEDED:
         return None
     source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (compiler, *FLAGS, cpu))])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (compiler, *COMPILE, *LINK, cpu))])).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"decode_attention-{key}.so"
     try:
         if not path.exists():
@@ -78,11 +80,13 @@ def library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory(
                 dir=path.parent
             ) as folder:  # renamed, so that no process meets half a file
-                built = Path(folder) / path.name
-                subprocess.run(
-                    [compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, timeout=120
-                )
-                built.replace(path)
+                compiled, linked = Path(folder) / "kernel.o", Path(folder) / path.name
+                for command in (
+                    [compiler, *COMPILE, str(SOURCE), "-o", str(compiled)],
+                    [compiler, *LINK, str(compiled), "-o", str(linked)],
+                ):
+                    subprocess.run(command, check=True, capture_output=True, timeout=120)
+                linked.replace(path)
         return ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("no compiled decode attention (%s); torch's operations serve", error)

@@ -1,5 +1,6 @@
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,14 @@ def test_a_step_over_the_cache_is_attention_with_repeated_heads(kernel, dtype, t
     for bias in (None, own, mask):
         expected = attention_by_heads(q, k[:, :, :end], v[:, :, :end], bias)
         torch.testing.assert_close(cache.attend(q, end, bias).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_kernel_leaves_small_numbers_alone():
+    """A library linked with fast mathematics makes the whole process flush subnormal numbers to zero."""
+    native.library()
+    smallest = torch.tensor([1e-40]).clone()
+    assert (smallest * 0.5 > 0).all()
+    assert np.float32(1e-40) * np.float32(0.5) > 0
 
 
 def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):
