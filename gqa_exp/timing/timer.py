@@ -704,9 +704,10 @@ def _cautions(report: TimingReport) -> list[str]:
     for what, floor in (("", report.noise_floor), (" of the decode step", report.decode_step_noise_floor)):
         if floor is not None and floor > NOISY:
             found.append(f"noise floor{what} {floor:.0%}: the reference differs that much from itself")
+    in_parts = report.end_to_end.compositions.keys() >= set(report.names)  # then nothing is phased apart
     for kind, series, least in (
         ("end-to-end", report.end_to_end, config.min_rounds),
-        ("phased", report.phases, phase_rounds(config)),
+        ("phased", report.phases, 0 if in_parts else phase_rounds(config)),
     ):
         if not broken and len(series.rounds) < least:
             done = len(series.rounds)

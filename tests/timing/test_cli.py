@@ -157,7 +157,9 @@ def test_what_does_not_fit_is_extended(
     four = T5Config(**{name: GEOMETRY[name] for name in names}, num_encoder_layers=4, num_decoder_layers=4)
     monkeypatch.setattr(cli, "free_memory", lambda device: 1.2 * bytes_needed([four], config, "float32"))
     run(monkeypatch, "--model=deep", "--dtype=float32", f"--output={tmp_path}")
-    assert "* composed: extended from 1, 2, 4 to 30 + 30 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "* composed: extended from 1, 2, 4 to 30 + 30 layers" in printed
+    assert "phased" not in printed, "parts are timed in phases already"
 
 
 def test_a_sweep_gives_model_heads_and_timing(monkeypatch: pytest.MonkeyPatch) -> None:
