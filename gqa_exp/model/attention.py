@@ -155,7 +155,7 @@ class KVCache:
         rows, columns = (batch, num_kv_heads, capacity, head_dim), (batch, num_kv_heads, head_dim, capacity)
         on_cpu = like.device.type == "cpu"
         enough = batch * num_kv_heads >= torch.get_num_threads()  # it shares the work out by sequence and KV head
-        self.native = on_cpu and enough and native.serves(like.dtype, head_dim, queries)
+        self.native = on_cpu and enough and native.serves_attention(like.dtype, head_dim, queries)
         self.keys_transposed = on_cpu and like.dtype == torch.float32 and not self.native
         self.keys = like.new_empty(columns if self.keys_transposed else rows)
         self.v_BGSK = like.new_empty(rows)
@@ -171,11 +171,14 @@ class KVCache:
         self.k_BGSK[:, :, start:end] = k_BGTK
         self.v_BGSK[:, :, start:end] = v_BGTK
 
-    def put(self, k_BGK: Tensor, v_BGK: Tensor, position_1: Tensor) -> None:
-        """Store the keys and values of one position, given as a tensor of one index."""
+    def put(self, k_BGK: Tensor, v_BGK: Tensor, position: int | Tensor) -> None:
+        """Store the keys and values of one position, a number or, for graphs, a tensor of one."""
+        if isinstance(position, int):
+            self.fill(k_BGK.unsqueeze(2), v_BGK.unsqueeze(2), position)
+            return
         axis = 3 if self.keys_transposed else 2
-        self.keys.index_copy_(axis, position_1, k_BGK.unsqueeze(axis))
-        self.v_BGSK.index_copy_(2, position_1, v_BGK.unsqueeze(2))
+        self.keys.index_copy_(axis, position, k_BGK.unsqueeze(axis))
+        self.v_BGSK.index_copy_(2, position, v_BGK.unsqueeze(2))
 
     def attend(self, q_BGRK: Tensor, end: int, bias: Tensor | None = None) -> Tensor:
         """Attention of one query position per sequence over the first `end` cached positions.

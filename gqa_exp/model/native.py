@@ -1,7 +1,7 @@
-"""Builds and calls `decode_attention.cpp`: the attention of a decode step on CPUs with AVX-512 and bfloat16.
+"""Builds and calls `decode_attention.cpp` and `decode_linear.cpp`: decode steps at the speed of the memory.
 
-It is compiled once per host, in two seconds, when first asked for. Without such a CPU or a compiler there is
-none, and torch's operations serve.
+They are compiled once per host, in a few seconds, when first asked for. Where the CPU lacks the instructions (AVX-512
+with bfloat16; for products in bfloat16 AMX too) or there is no compiler, torch's operations serve.
 """
 
 import ctypes
@@ -20,17 +20,20 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("decode_attention.cpp")
+SOURCES = tuple(Path(__file__).with_name(f"decode_{name}.cpp") for name in ("attention", "linear"))
 COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
 NEEDED = {"avx512f", "avx512_bf16"}
+TILES_NEEDED = {"amx_tile", "amx_bf16"}
 HEAD_DIMS = (32, 64, 128)
 MOST_QUERIES = 8
 """Query heads per KV head up to which it is at least as fast as torch's products; those then compute in tiles."""
+OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
+"""Outputs computed at a time, and the tiles that bfloat16 weights are packed in, as `decode_linear.cpp` reads them."""
 
 
-def serves(dtype: torch.dtype, head_dim: int, queries: int) -> bool:
+def serves_attention(dtype: torch.dtype, head_dim: int, queries: int) -> bool:
     """Whether the kernel is there for such a cache, and worth it for so many query heads per KV head."""
     known = dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS
     return known and queries <= MOST_QUERIES and library() is not None
@@ -54,43 +57,121 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
         strides = bias.stride()[:3]
     sizes = (ctypes.c_long * 9)(B, G, R, end, q_BGRK.stride(0), k_BGSK.stride(1), *strides)
     pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (q_BGRK, k_BGSK, v_BGSK, bias, out_BGRK))
-    _function(q_BGRK.dtype, K)(*pointers, sizes)
+    _attention(q_BGRK.dtype, K)(*pointers, sizes)
     return out_BGRK
 
 
+def pack(weight: Tensor, gated: bool = False) -> Tensor | None:
+    """A weight (outputs, inputs) in the order in which `linear` reads it; None where there is no kernel for it.
+
+    If gated, 16 outputs of the first half, the gate, and 16 of the second come in turn. Then float32:
+    (outputs / 32, inputs, 32), or bfloat16: (outputs / 16, inputs / 32, 16 pairs of inputs, 16 outputs, 2).
+    """
+    outputs, inputs = weight.shape
+    if weight.device.type != "cpu" or outputs % OUTPUTS or library() is None:
+        return None
+    if gated:
+        weight = weight.view(2, -1, OUTPUTS // 2, inputs).transpose(0, 1).reshape(outputs, inputs)
+    if weight.dtype == torch.float32 and inputs % 16 == 0:
+        return weight.view(-1, OUTPUTS, inputs).transpose(1, 2).contiguous()
+    if weight.dtype == torch.bfloat16 and inputs % TILE_INPUTS == 0 and has_tiles():
+        tiles = weight.view(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // TILE_INPUTS, TILE_INPUTS // 2, 2)
+        return tiles.permute(0, 2, 3, 1, 4).contiguous()
+    return None
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """norm(x) W^T, gated, plus a residual, each as asked: (..., inputs) to (..., outputs), half as many if gated.
+
+    For any number of rows, best for those of a decode step.
+
+    Args:
+        x: in the packed weight's number format.
+        packed: the weight, from `pack`.
+        outputs: rows of the weight.
+        norm: weight of the RMS norm of x (inputs), or None for x as it is.
+        epsilon: the norm's.
+        gated: as the weight was packed; results are gelu(gate) * the other half.
+        residual: added to the results, of their shape.
+
+    Raises:
+        MemoryError: no room for a copy of x.
+    """
+    x = x.contiguous()
+    inputs = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], outputs // 2 if gated else outputs))
+    if not x.numel():
+        return y
+    tensors = (x, norm, packed, None if residual is None else residual.contiguous(), y)
+    sizes = (ctypes.c_long * 4)(x.numel() // inputs, inputs, outputs, gated)
+    if _linear(x.dtype)(*(None if t is None else t.data_ptr() for t in tensors), sizes, epsilon):
+        raise MemoryError(f"no memory to lay out {tuple(x.shape)} inputs")
+    return y
+
+
+torch.library.custom_op("gqa_exp::linear", linear, mutates_args=()).register_fake(
+    lambda x, packed, outputs, norm=None, epsilon=0.0, gated=False, residual=None: x.new_empty(
+        (*x.shape[:-1], outputs // 2 if gated else outputs)
+    )
+)
+
+
 @functools.cache
-def _function(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
+def _attention(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
     function: Callable[..., None] = getattr(library(), f"{str(dtype).removeprefix('torch.')}_{head_dim}")
     return function
 
 
 @functools.cache
+def _linear(dtype: torch.dtype) -> Callable[..., int]:
+    function = getattr(library(), f"linear_{str(dtype).removeprefix('torch.')}")
+    function.argtypes = (*[ctypes.c_void_p] * 5, ctypes.POINTER(ctypes.c_long), ctypes.c_float)
+    return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the CPU has tile registers for bfloat16, and the system lets this process use them."""
+    found = library()
+    return found is not None and set(_cpu().split()) >= TILES_NEEDED and found.allow_tiles() == 0
+
+
+@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where this host cannot have one."""
+    """The compiled kernels; None where this host cannot have any."""
     cpu = _cpu()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not set(cpu.split()) >= NEEDED:
         return None
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (compiler, *COMPILE, *LINK, cpu))])).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"decode_attention-{key}.so"
+    facts = [*(source.read_bytes() for source in SOURCES), *map(str.encode, (compiler, *COMPILE, *LINK, cpu))]
+    key = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"decode-{key}.so"
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=path.parent
-            ) as folder:  # renamed, so that no process meets half a file
-                compiled, linked = Path(folder) / "kernel.o", Path(folder) / path.name
-                for command in (
-                    [compiler, *COMPILE, str(SOURCE), "-o", str(compiled)],
-                    [compiler, *LINK, str(compiled), "-o", str(linked)],
-                ):
-                    subprocess.run(command, check=True, capture_output=True, timeout=120)
-                linked.replace(path)
+            _build(compiler, path)
         return ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no compiled decode attention (%s); torch's operations serve", error)
+        logger.warning("no compiled decode kernels (%s); torch's operations serve", error)
         return None
+
+
+def _build(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed, so that no process meets half a file
+        linked = Path(folder) / path.name
+        compiled = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        commands = [[compiler, *COMPILE, str(s), "-o", o] for s, o in zip(SOURCES, compiled, strict=True)]
+        for command in (*commands, [compiler, *LINK, *compiled, "-o", str(linked)]):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        linked.replace(path)
 
 
 def _cpu() -> str:

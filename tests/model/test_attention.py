@@ -1,6 +1,5 @@
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,26 +161,6 @@ def test_a_step_over_the_cache_is_attention_with_repeated_heads(kernel, dtype, t
     for bias in (None, own, mask):
         expected = attention_by_heads(q, k[:, :, :end], v[:, :, :end], bias)
         torch.testing.assert_close(cache.attend(q, end, bias).double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_the_kernel_leaves_small_numbers_alone():
-    """A library linked with fast mathematics makes the whole process flush subnormal numbers to zero."""
-    native.library()
-    smallest = torch.tensor([1e-40]).clone()
-    assert (smallest * 0.5 > 0).all()
-    assert np.float32(1e-40) * np.float32(0.5) > 0
-
-
-def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):
-    fresh = native.library.__wrapped__
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_cpu", lambda: "some model avx2")
-    assert fresh() is None
-    monkeypatch.setattr(native, "_cpu", lambda: " ".join(native.NEEDED))
-    monkeypatch.setenv("CXX", "false")
-    assert fresh() is None
-    assert "torch's operations serve" in caplog.text
-    assert not list(tmp_path.rglob("*.so"))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from gqa_exp.model import generate
+from gqa_exp.model import generate, native
 from gqa_exp.model.checkpoint import save_hf
-from gqa_exp.model.inference import InferenceT5
+from gqa_exp.model.inference import InferenceT5, PackedLinear
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, [4, 1, 2]])
@@ -63,17 +63,26 @@ def test_without_a_compiler_steps_run_eagerly(tiny_model, monkeypatch):
     assert model._decode_once == model._decode
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-def test_packed_and_plain_weights_give_the_same(tiny_model, padded_batch, monkeypatch, onednn):
-    model = tiny_model(num_kv_heads=2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("layout", ["native", "oneDNN", "plain"])
+def test_weights_of_every_layout_give_the_same(tiny_model, padded_batch, monkeypatch, layout, dtype, tolerance):
+    sizes = {"d_model": 64, "d_ff": 96, "num_heads": 4, "head_dim": 32, "vocab_size": 128}
+    model = tiny_model(num_kv_heads=2, **sizes)
     input_ids, mask = padded_batch([9, 4], model.config.vocab_size)
     tokens_BT = torch.randint(3, model.config.vocab_size, (2, 6))
-    monkeypatch.setattr("gqa_exp.model.inference.HAS_ONEDNN", onednn)
-    prepared = InferenceT5(model)
-    assert (prepared.lm_head.packed is not None) == onednn
     with torch.no_grad():
         expected = model(input_ids, tokens_BT, mask)
-    torch.testing.assert_close(steps_of(prepared, input_ids, mask, tokens_BT), expected, rtol=1e-5, atol=1e-5)
+    if layout == "native" and (native.library() is None or (dtype == torch.bfloat16 and not native.has_tiles())):
+        pytest.skip("no such instructions, or no compiler")
+    if layout != "native":
+        monkeypatch.setattr("gqa_exp.model.native.library", lambda: None)
+    monkeypatch.setattr("gqa_exp.model.inference.HAS_ONEDNN", layout == "oneDNN")
+    prepared = InferenceT5(model.to(dtype))
+    products = [module for module in prepared.modules() if isinstance(module, PackedLinear)]
+    assert {product.layout for product in products} - {"oneDNN", "plain"} == {layout} - {"oneDNN", "plain"}
+    assert prepared.lm_head.layout == layout
+    found = steps_of(prepared, input_ids, mask, tokens_BT)
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_recomputed_cross_attention_equals_cached(tiny_model, padded_batch):

@@ -31,7 +31,7 @@ def storage(models: dict[str, InferenceT5]) -> int:
     seen = {}
     for model in models.values():
         for module in model.modules():
-            for tensor in (*module._parameters.values(), module.__dict__.get("packed")):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if isinstance(tensor, torch.Tensor):
                     seen[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa_exp.model import native
+from gqa_exp.model.t5 import RMSNorm
+
+
+def packed(weight, gated=False):
+    """The weight packed; the test is skipped on hosts that cannot have the kernel."""
+    if native.library() is None or (weight.dtype == torch.bfloat16 and not native.has_tiles()):
+        pytest.skip("no such instructions, or no compiler")
+    return native.pack(weight, gated)
+
+
+# Rounding of bfloat16 results of about 4, and of the normalised inputs.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    inputs=st.integers(1, 10),
+    outputs=st.integers(1, 5),
+    norm=st.booleans(),
+    gated=st.booleans(),
+    residual=st.booleans(),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_linear_is_its_formula(dtype, tolerance, shape, inputs, outputs, norm, gated, residual, seed):
+    torch.manual_seed(seed)
+    inputs, outputs = 32 * inputs, 32 * outputs
+    x = torch.randn(*shape, inputs).to(dtype)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    scale = RMSNorm(inputs, 1e-6).to(dtype)
+    torch.nn.init.uniform_(scale.weight, 0.5, 2)
+    added = torch.randn(*shape, outputs // 2 if gated else outputs).to(dtype) if residual else None
+
+    expected = (scale(x) if norm else x).double() @ weight.double().T
+    if gated:
+        expected = F.gelu(expected[..., : outputs // 2], approximate="tanh") * expected[..., outputs // 2 :]
+    if residual:
+        expected = expected + added.double()
+    found = native.linear(x, packed(weight, gated), outputs, scale.weight if norm else None, 1e-6, gated, added)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_beyond_one_pass(rows, dtype):
+    """Whole numbers small enough that every sum is exact, whatever its order."""
+    x = torch.randint(-3, 4, (rows, 64)).to(dtype)
+    weight = torch.randint(-1, 2, (96, 64)).to(dtype)
+    assert torch.equal(native.linear(x, packed(weight), 96).double(), x.double() @ weight.double().T)
+
+
+def test_columns_of_a_larger_matrix_and_no_rows_at_all():
+    wide, weight = torch.randn(3, 128), torch.randn(32, 64)
+    found = native.linear(wide[:, 32:96], packed(weight), 32)
+    torch.testing.assert_close(found, F.linear(wide[:, 32:96], weight), rtol=1e-5, atol=1e-4)
+    assert native.linear(wide[:0, :64], packed(weight), 32).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(32, 24),  # inputs that fill no vector
+        torch.zeros(48, 32),  # outputs that fill no block
+        torch.zeros(32, 16, dtype=torch.bfloat16),  # inputs that fill no tile
+        torch.zeros(32, 32, dtype=torch.float16),
+    ],
+)
+def test_other_weights_have_no_kernel(weight):
+    assert native.pack(weight) is None
+
+
+def test_without_tile_registers_bfloat16_products_have_no_kernel(monkeypatch):
+    monkeypatch.setattr(native, "_cpu", lambda: " ".join(native.NEEDED))
+    native.has_tiles.cache_clear()
+    assert native.pack(torch.zeros(32, 32, dtype=torch.bfloat16)) is None
+    native.has_tiles.cache_clear()
+
+
+def test_the_kernel_leaves_small_numbers_alone():
+    """A library linked with fast mathematics makes the whole process flush subnormal numbers to zero."""
+    native.library()
+    smallest = torch.tensor([1e-40]).clone()
+    assert (smallest * 0.5 > 0).all()
+    assert np.float32(1e-40) * np.float32(0.5) > 0
+
+
+def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):
+    fresh = native.library.__wrapped__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_cpu", lambda: "some model avx2")
+    assert fresh() is None
+    monkeypatch.setattr(native, "_cpu", lambda: " ".join(native.NEEDED))
+    monkeypatch.setenv("CXX", "false")
+    assert fresh() is None
+    assert "torch's operations serve" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
