@@ -52,6 +52,8 @@ class PackedLinear(nn.Module):
         compiled: torch.compile will see this module; it lays out plain weights for oneDNN by itself.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         *weights: Tensor,
