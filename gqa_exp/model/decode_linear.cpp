@@ -3,7 +3,8 @@
 //   y = (x, normalised if asked) W^T, then gelu(first half) * (second half) if asked, then + residual if asked
 //
 // Weights are packed by native.py in the order in which they are read here, 32 outputs at a time; every thread takes a
-// share of the outputs. Sums are float32. Compiled for the processor it runs on: float32 needs AVX-512, bfloat16 AMX.
+// share of the outputs. Sums are float32. Compiled for the processor it runs on, which must have AVX-512 with bfloat16;
+// where it has AMX too, bfloat16 is multiplied in tiles.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -103,58 +104,75 @@ struct Share {
   }
 };
 
-// ---- float32: eight rows a pass; more rows meet the weights in the processor's cache, and its arithmetic is the limit
+// ---- with vectors: eight rows a pass; more rows meet the weights in the processor's cache, and its arithmetic is the
+// limit. A unit is four bytes of inputs: one float32, or a pair of bfloat16.
 
 constexpr long kRows = 8;
+constexpr long kUnits = 16;    // of a vector
 constexpr long kAhead = 4096;  // bytes to prefetch ahead into the second cache: 27 GB/s of 32, without it 20
-constexpr long kChunk = 128;   // inputs summed before their sum is added: half as far from the exact result as one chain
+constexpr long kChunk = 128;   // units summed before their sum is added: half as far from the exact result as one chain
 
-// x: (inputs, kRows); w: (inputs, kOutputs)
-inline void multiply(const float* x, const float* w, long inputs, float* sums) {
+template <typename T>
+constexpr long kPerUnit = sizeof(float) / sizeof(T);
+
+inline __m512 add_product(__m512 sum, float x, const float* w) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(x), _mm512_load_ps(w), sum);
+}
+inline __m512 add_product(__m512 sum, float x, const BFloat16* w) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(_mm512_set1_ps(x)), (__m512bh)_mm512_load_si512(w));
+}
+
+// x: (units, kRows); w, and 16 outputs on, w + high: a vector per unit, `step` units from one to the next
+template <typename T>
+inline void multiply(const float* x, const T* w, long high, long step, long units, float* sums) {
   std::fill(sums, sums + kRows * kOutputs, 0.0f);
-  for (long first = 0; first < inputs; first += kChunk) {
-    __m512 low[kRows], high[kRows];  // registers
-    for (long row = 0; row < kRows; ++row) low[row] = high[row] = _mm512_setzero_ps();
-    const long here = std::min(kChunk, inputs - first);
-    for (long k = 0; k < here; ++k, x += kRows, w += kOutputs) {
-      const char* ahead = reinterpret_cast<const char*>(w) + kAhead;
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      _mm_prefetch(ahead + kLine, _MM_HINT_T1);
-      const __m512 w_low = _mm512_load_ps(w), w_high = _mm512_load_ps(w + 16);
+  for (long first = 0; first < units; first += kChunk) {
+    __m512 low_sums[kRows], high_sums[kRows];  // registers
+    for (long row = 0; row < kRows; ++row) low_sums[row] = high_sums[row] = _mm512_setzero_ps();
+    const long here = std::min(kChunk, units - first);
+    for (long k = 0; k < here; ++k, x += kRows, w += step * kPerUnit<T>) {
+      const T* w_high = w + high * kPerUnit<T>;
+      _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(w_high) + kAhead, _MM_HINT_T1);
       for (long row = 0; row < kRows; ++row) {
-        const __m512 value = _mm512_set1_ps(x[row]);
-        low[row] = _mm512_fmadd_ps(value, w_low, low[row]);
-        high[row] = _mm512_fmadd_ps(value, w_high, high[row]);
+        low_sums[row] = add_product(low_sums[row], x[row], w);
+        high_sums[row] = add_product(high_sums[row], x[row], w_high);
       }
     }
     for (long row = 0; row < kRows; ++row) {
       float* sum = sums + row * kOutputs;
-      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), low[row]));
-      _mm512_store_ps(sum + 16, _mm512_add_ps(_mm512_load_ps(sum + 16), high[row]));
+      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), low_sums[row]));
+      _mm512_store_ps(sum + 16, _mm512_add_ps(_mm512_load_ps(sum + 16), high_sums[row]));
     }
   }
 }
 
-int linear(const Call<float>& call) {
-  const long rows = call.rows, inputs = call.inputs, passes = (rows + kRows - 1) / kRows;
-  float* turned = scratch<float>(passes * kRows * inputs);  // (passes, inputs, kRows)
+template <typename T>
+int linear_by_vectors(const Call<T>& call) {
+  const long rows = call.rows, units = call.inputs / kPerUnit<T>, passes = (rows + kRows - 1) / kRows;
+  // Packed as (outputs / 32, inputs, 32), or in tiles of 16 outputs.
+  const bool tiles = kPerUnit<T> > 1;
+  const long high = tiles ? units * kUnits : kUnits, step = tiles ? kUnits : 2 * kUnits;
+  float* turned = scratch<float>(passes * kRows * units);  // (passes, units, kRows)
   if (!turned) return 1;
 #pragma omp parallel
   {
-    const Share columns(inputs / 16), blocks(call.outputs / kOutputs);
+    const Share columns(call.inputs / 16), blocks(call.outputs / kOutputs);
     for (long row = 0; row < passes * kRows; ++row) {
       const float scale = row < rows ? call.scale_of(row) : 0;
-      for (long k = columns.begin * 16; k < columns.end * 16; k += 16) {
+      for (long column = columns.begin; column < columns.end; ++column) {
         alignas(kLine) float values[16] = {};
-        if (row < rows) _mm512_store_ps(values, call.input(row, k, scale));
-        for (long i = 0; i < 16; ++i) turned[(row / kRows * inputs + k + i) * kRows + row % kRows] = values[i];
+        if (row < rows) narrow(reinterpret_cast<T*>(values), call.input(row, column * 16, scale));
+        const long first = row / kRows * units + column * 16 / kPerUnit<T>;
+        for (long i = 0; i < 16 / kPerUnit<T>; ++i) turned[(first + i) * kRows + row % kRows] = values[i];
       }
     }
 #pragma omp barrier
     for (long block = blocks.begin; block < blocks.end; ++block)
       for (long pass = 0; pass < passes; ++pass) {
         alignas(kLine) float sums[kRows * kOutputs];
-        multiply(turned + pass * inputs * kRows, call.weights + block * kOutputs * inputs, inputs, sums);
+        const T* w = call.weights + block * kOutputs * call.inputs;
+        multiply(turned + pass * units * kRows, w, high, step, units, sums);
         for (long row = 0; row < std::min(kRows, rows - pass * kRows); ++row)
           call.store(sums + row * kOutputs, pass * kRows + row, block);
       }
@@ -162,7 +180,9 @@ int linear(const Call<float>& call) {
   return 0;
 }
 
-// ---- bfloat16: tiles of 16 rows by 32 inputs times tiles of 32 inputs by 16 outputs, two of each at a time
+int linear(const Call<float>& call) { return linear_by_vectors(call); }
+
+// ---- with AMX: tiles of 16 rows by 32 inputs times tiles of 32 inputs by 16 outputs, two of each at a time
 
 #ifdef __AMX_BF16__
 
@@ -211,7 +231,7 @@ inline BFloat16* tile_of(BFloat16* tiled, long row, long k, long rows, long inpu
   return tiled + pair * 2 * kTileRows * inputs + (column * in_pair + tile) * kTile + row % kTileRows * kTileInputs;
 }
 
-int linear(const Call<BFloat16>& call) {
+int linear_by_tiles(const Call<BFloat16>& call) {
   const long rows = call.rows, inputs = call.inputs, pairs = (rows + 2 * kTileRows - 1) / (2 * kTileRows);
   BFloat16* tiled = scratch<BFloat16>(pairs * 2 * kTileRows * inputs);  // rows beyond the last: their sums are not kept
   if (!tiled) return 1;
@@ -248,6 +268,15 @@ int linear(const Call<BFloat16>& call) {
 
 #endif
 
+bool in_tiles = false;
+
+int linear(const Call<BFloat16>& call) {
+#ifdef __AMX_BF16__
+  if (in_tiles) return linear_by_tiles(call);
+#endif
+  return linear_by_vectors(call);
+}
+
 }  // namespace
 
 #define EXPORT(name, T)                                                                                             \
@@ -256,15 +285,15 @@ int linear(const Call<BFloat16>& call) {
     return linear(Call<T>{x, norm, weights, residual, y, sizes[0], sizes[1], sizes[2], sizes[3], epsilon});         \
   }
 EXPORT(linear_float32, float)
-
-#ifdef __AMX_BF16__
-
 EXPORT(linear_bfloat16, BFloat16)
 
-// Asks Linux for the tile registers of this process; 0 if it grants them.
-extern "C" int allow_tiles() {
+// Whether to multiply in tiles from now on, if the processor has them and Linux grants them; returns whether it is so.
+extern "C" int use_tiles(int wanted) {
+#ifdef __AMX_BF16__
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) != 0;
-}
-
+  in_tiles = wanted && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  (void)wanted;
 #endif
+  return in_tiles;
+}

@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         if self.layout == "native":
             function = torch.ops.gqa_exp.linear if torch.compiler.is_compiling() else native.linear
             norm, epsilon = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.epsilon)
-            return function(x, self.weight, self.outputs, norm, epsilon, self.gated, residual)  # type: ignore[no-any-return]
+            return function(x, self.weight, self.outputs, norm, epsilon, self.gated, residual)
         if self.norm is not None:
             x = self.norm(x)
         if self.layout == "oneDNN":

@@ -1,7 +1,7 @@
 """Builds and calls `decode_attention.cpp` and `decode_linear.cpp`: decode steps at the speed of the memory.
 
 They are compiled once per host, in a few seconds, when first asked for. Where the CPU lacks the instructions (AVX-512
-with bfloat16; for products in bfloat16 AMX too) or there is no compiler, torch's operations serve.
+with bfloat16) or there is no compiler, torch's operations serve.
 """
 
 import ctypes
@@ -25,7 +25,6 @@ COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
 NEEDED = {"avx512f", "avx512_bf16"}
-TILES_NEEDED = {"amx_tile", "amx_bf16"}
 HEAD_DIMS = (32, 64, 128)
 MOST_QUERIES = 8
 """Query heads per KV head up to which it is at least as fast as torch's products; those then compute in tiles."""
@@ -74,7 +73,7 @@ def pack(weight: Tensor, gated: bool = False) -> Tensor | None:
         weight = weight.view(2, -1, OUTPUTS // 2, inputs).transpose(0, 1).reshape(outputs, inputs)
     if weight.dtype == torch.float32 and inputs % 16 == 0:
         return weight.view(-1, OUTPUTS, inputs).transpose(1, 2).contiguous()
-    if weight.dtype == torch.bfloat16 and inputs % TILE_INPUTS == 0 and has_tiles():
+    if weight.dtype == torch.bfloat16 and inputs % TILE_INPUTS == 0:
         tiles = weight.view(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // TILE_INPUTS, TILE_INPUTS // 2, 2)
         return tiles.permute(0, 2, 3, 1, 4).contiguous()
     return None
@@ -137,11 +136,10 @@ def _linear(dtype: torch.dtype) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the CPU has tile registers for bfloat16, and the system lets this process use them."""
+def use_tiles(wanted: bool) -> bool:
+    """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first."""
     found = library()
-    return found is not None and set(_cpu().split()) >= TILES_NEEDED and found.allow_tiles() == 0
+    return found is not None and bool(found.use_tiles(wanted))
 
 
 @functools.cache
@@ -157,10 +155,12 @@ def library() -> ctypes.CDLL | None:
     try:
         if not path.exists():
             _build(compiler, path)
-        return ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
+        built = ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("no compiled decode kernels (%s); torch's operations serve", error)
         return None
+    built.use_tiles(True)
+    return built
 
 
 def _build(compiler: str, path: Path) -> None:

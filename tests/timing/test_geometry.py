@@ -46,7 +46,7 @@ def test_weights_are_shared_but_for_the_decoders() -> None:
     assert storage(models) == 4 * expected
     assert {name: model.config for name, model in models.items()} == geometries
     assert models["MHA"].encoder is models["MQA"].encoder
-    assert models["MQA"].layers[0].self_attention_norm.weight.dtype == torch.float32
+    assert models["MQA"].layers[0].qkv.norm.weight.dtype == torch.float32
     assert models["MQA"].encode(torch.ones(1, 2, dtype=torch.long)).shape == (1, 2, 32)
     assert random_models(geometries, CONFIG, "bfloat16", depth=2)["MQA"].config == geometry(1).cut(2)
     assert torch.get_default_dtype() == torch.float32
