@@ -1,4 +1,7 @@
-"""gqa-convert: a checkpoint folder to another with fewer KV heads, and a manifest that says how it came about."""
+"""gqa-convert: a checkpoint folder to another with fewer KV heads, and a manifest that says how it came about.
+
+Reads and writes folders of transformers too, so it also takes a checkpoint from there to here and back.
+"""
 
 import argparse
 import dataclasses
@@ -6,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,26 +28,31 @@ from gqa_exp.model.checkpoint import (
     TRAINING,
     WEIGHTS,
     content_hash,
+    hf_folder,
     load,
     load_hf,
     read_config,
     save,
+    save_hf,
 )
 from gqa_exp.model.convert import SiteReport, conversion_report
 from gqa_exp.training.conversion import convert_state
 from gqa_exp.training.state import TrainingState
 
 MANIFEST = "manifest.json"
-CHECKPOINT_FILES = {CONFIG, WEIGHTS, OPTIMIZER, TRAINING, MANIFEST}
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHECKPOINT_FILES = {CONFIG, WEIGHTS, OPTIMIZER, TRAINING, MANIFEST, *TOKENIZER_FILES}
 MAX_SEED = 2**31 - 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gqa-convert", description="Convert a checkpoint to fewer KV heads in the decoder.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder to read; --from-hf: or hub id")
     parser.add_argument("target", type=Path, metavar="TARGET", help="checkpoint folder to write")
     parser.add_argument(
-        "--num-kv-heads", required=True, metavar="G", help="KV heads; or one number per decoder layer, as 8,4,2,1"
+        "--num-kv-heads",
+        metavar="G",
+        help="KV heads; or one number per decoder layer, as 8,4,2,1 (default: as many as there are)",
     )
     parser.add_argument("--method", default="mean", metavar="|".join(METHODS), help="how heads merge (default: mean)")
     parser.add_argument("--seed", type=int, default=0, help="of fresh weights, method random only (default: 0)")
@@ -54,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="|".join(OPTIMIZER_SLOTS),
         help="the optimizer's second moments of merged heads, where SOURCE has any (default: pool)",
     )
-    parser.add_argument("--from-hf", action="store_true", help="SOURCE is a T5.1.1 folder of transformers")
+    parser.add_argument("--from-hf", action="store_true", help="SOURCE is a T5 of transformers")
+    parser.add_argument("--to-hf", action="store_true", help="write a folder of transformers, without optimizer slots")
+    parser.add_argument(
+        "--expand",
+        action="store_true",
+        help="with --to-hf: repeat KV heads, so that any tool can run the result as a plain T5 (without the savings)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that TARGET holds already")
     return parser
 
@@ -66,11 +80,13 @@ def main() -> None:
     report = convert_checkpoint(
         arguments.source,
         arguments.target,
-        parse_kv_heads(arguments.num_kv_heads),
+        None if arguments.num_kv_heads is None else parse_kv_heads(arguments.num_kv_heads),
         arguments.method,
         arguments.seed,
         arguments.slots,
         from_hf=arguments.from_hf,
+        to_hf=arguments.to_hf,
+        expand=arguments.expand,
         overwrite=arguments.overwrite,
     )
     out = Console()
@@ -89,22 +105,26 @@ def convert_checkpoint(
     slots: str = "pool",
     *,
     from_hf: bool = False,
+    to_hf: bool = False,
+    expand: bool = False,
     overwrite: bool = False,
 ) -> list[SiteReport]:
     """Convert a checkpoint folder to another, written whole or not at all.
 
     The target holds the weights in float32 (the mean of bfloat16 weights is in general no bfloat16 number),
-    `config.json`, `manifest.json`, and, where the source has a training record, that record and the optimizer's slots,
-    so that uptraining continues from it.
+    `config.json`, `manifest.json`, the tokenizer's files if the source has them, and, where it has a training record,
+    that record and the optimizer's slots, so that uptraining continues from it.
 
     Args:
         source: a checkpoint folder of ours, or with `from_hf` one of transformers.
         target: folder to write; its parents are made.
-        num_kv_heads: an int, or one per decoder layer.
+        num_kv_heads: an int, or one per decoder layer; None: as many as the source has.
         method: "mean", "first" or "random".
         seed: of fresh weights; only "random" uses it.
         slots: "pool" or "reset"; see `gqa_exp.training.adafactor.pool_slots`.
-        from_hf: read `source` with `load_hf`; such a folder has no optimizer slots.
+        from_hf: read `source`, a folder or a hub id, with `load_hf`; it has no optimizer slots.
+        to_hf: write `target` with `save_hf`, without record and slots.
+        expand: with `to_hf`, repeat KV heads; see `save_hf`.
         overwrite: replace a checkpoint in `target`; a folder that holds anything else is never replaced.
 
     Returns:
@@ -116,9 +136,14 @@ def convert_checkpoint(
     """
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed={seed} is out of range; it must be between 0 and {MAX_SEED}")
+    if expand and not to_hf:
+        raise InputError("--expand repeats KV heads for other tools; give it together with --to-hf")
     _check_target(source, target, overwrite)
+    if from_hf:
+        source = hf_folder(source)
     state, trained = _read(source, from_hf)
-    converted = convert_state(state, num_kv_heads, method, seed, slots)
+    heads = list(state.model.config.kv_heads) if num_kv_heads is None else num_kv_heads
+    converted = convert_state(state, heads, method, seed, slots)
     report = conversion_report(state.model, converted.model)
     manifest = {
         "source": str(source),
@@ -127,17 +152,31 @@ def convert_checkpoint(
         "num_heads": converted.model.config.num_heads,
         "num_kv_heads": list(converted.model.config.kv_heads),
         "seed": seed if method == "random" else None,
-        "optimizer_slots": slots if state.slots else None,
+        "optimizer_slots": slots if state.slots and not to_hf else None,
+        "expanded": expand,
         "report": [dataclasses.asdict(row) for row in report],
         "versions": {"gqa_exp": version("gqa-exp"), "torch": torch.__version__},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write(target, converted, trained, manifest)
+    tokenizer = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+
+    def fill(folder: Path) -> None:
+        if to_hf:
+            save_hf(converted.model, folder, expand=expand)
+        elif trained:
+            converted.save(folder)
+        else:
+            save(converted.model, folder)
+        for path in tokenizer:
+            shutil.copyfile(path, folder / path.name)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+    _write(target, fill)
     return report
 
 
-def _write(target: Path, state: TrainingState, trained: bool, manifest: dict[str, Any]) -> None:
-    """Write the target aside and swap it in; what goes wrong, Ctrl-C included, leaves the target as it was."""
+def _write(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let the target be filled aside and swap it in; what goes wrong, Ctrl-C included, leaves the target as it was."""
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,11 +185,7 @@ def _write(target: Path, state: TrainingState, trained: bool, manifest: dict[str
         raise InputError(f"{target}: cannot be written ({error}); choose another TARGET") from error
     new, old = aside / "new", aside / "old"
     try:
-        if trained:
-            state.save(new)
-        else:
-            save(state.model, new)
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        fill(new)
         if target.exists():
             target.rename(old)
         new.rename(target)

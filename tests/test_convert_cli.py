@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gqa_exp.convert import convert_checkpoint, main
 from gqa_exp.errors import InputError
-from gqa_exp.model import T5, T5Config
-from gqa_exp.model.checkpoint import content_hash, load, save, save_hf
+from gqa_exp.model import T5, T5Config, convert
+from gqa_exp.model.checkpoint import content_hash, load, load_hf, save, save_hf
 from gqa_exp.training.adafactor import Adafactor, load_named_slots, named_slots
 from gqa_exp.training.state import TrainingState
 
@@ -160,6 +160,25 @@ def test_from_transformers_with_weights_in_two_files(trained: TrainingState, sou
     assert len(hashes) == 2, "the hash does not see the weights"
 
 
+def test_to_transformers_and_back_with_the_tokenizer(
+    trained: TrainingState, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "spiece.model").write_bytes(b"pieces")
+    run(monkeypatch, source, tmp_path / "hf", "--num-kv-heads=2", "--to-hf")
+    run(monkeypatch, tmp_path / "hf", tmp_path / "ours", "--from-hf")
+    expected, found = convert(trained.model, 2), load(tmp_path / "ours")
+    assert found.config == expected.config
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    assert (tmp_path / "ours" / "spiece.model").read_bytes() == b"pieces"
+    assert not (tmp_path / "hf" / "optimizer.safetensors").exists()
+    run(monkeypatch, tmp_path / "ours", tmp_path / "plain", "--to-hf", "--expand")
+    plain = load_hf(tmp_path / "plain")
+    assert plain.config.kv_heads == (HEADS, HEADS)
+    ids = torch.arange(2, 14).reshape(2, 6)
+    torch.testing.assert_close(plain(ids, ids), found(ids, ids))
+
+
 def truncated(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: len(data) // 2])
@@ -224,8 +243,8 @@ def test_bad_source(
         (["--num-kv-heads=2", "--method=maen"], 'did you mean "mean"'),
         (["--num-kv-heads=2", "--slots=pol"], 'did you mean "pool"'),
         (["--num-kv-heads=2", "--seed=-1"], "seed=-1"),
-        (["--num-kv-heads=2", "--from-hf"], "T5.1.1"),
-        ([], "--num-kv-heads"),
+        (["--num-kv-heads=2", "--from-hf"], "model_type=None does not fit"),
+        (["--num-kv-heads=2", "--expand"], "together with --to-hf"),
     ],
 )
 def test_bad_arguments(

@@ -1,26 +1,31 @@
-"""Checkpoint folders: ours (safetensors + config.json), and transformers' T5.1.1 folders in and out.
+"""Checkpoint folders: ours (safetensors + config.json), and transformers' T5 folders in and out.
 
 A folder of ours holds `config.json` (the geometry), `model.safetensors`, and, where training goes on from it,
-`optimizer.safetensors` and `training.json`. Nothing is ever unpickled.
+`optimizer.safetensors` and `training.json`. Nothing is ever unpickled. Weights are read one tensor at a time into a
+model without any, so that memory holds a checkpoint once.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gqa_exp.errors import InputError, suggest
-from gqa_exp.model.t5 import T5, T5Config
+from gqa_exp.errors import InputError, one_line, suggest
+from gqa_exp.model.convert import expand_heads
+from gqa_exp.model.t5 import ACTIVATIONS, T5, T5Config
 
 FORMAT = "gqa_exp.t5"
 WEIGHTS, CONFIG, OPTIMIZER, TRAINING = "model.safetensors", "config.json", "optimizer.safetensors", "training.json"
+HF_INDEX = "model.safetensors.index.json"
 
 
 def save(model: T5, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -40,7 +45,7 @@ def save(model: T5, folder: Path, dtype: torch.dtype | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot write the checkpoint ({error})") from error
 
 
@@ -70,28 +75,67 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
         config = T5Config(**record)
     except TypeError as error:
         raise InputError(f"{folder / CONFIG}: incomplete geometry ({error})") from error
-    weights = read_tensors(folder / WEIGHTS)
-    return _build(config, weights, dtype, folder / WEIGHTS)
+    return _build(config, stored_tensors([folder / WEIGHTS]), dtype, folder / WEIGHTS)
 
 
-def _build(config: T5Config, weights: dict[str, Tensor], dtype: torch.dtype, where: Path) -> T5:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, of which only the shape has been read."""
+
+    file: Any
+    """The open file."""
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in memory of its own; None keeps its number format."""
+        tensor: Tensor = self.file.get_tensor(self.name)  # mapped from the file
+        return tensor.to(dtype or tensor.dtype, copy=True)
+
+
+def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """What safetensors files hold.
+
+    Raises:
+        InputError: a file is missing, truncated, or no safetensors file; or two of them hold the same tensor.
+    """
+    found: dict[str, StoredTensor] = {}
+    holders: dict[str, Path] = {}
+    for path in paths:
+        try:
+            file: Any = safe_open(path, "pt")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file; the weights must be stored as safetensors") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: truncated or not a safetensors file ({error})") from error
+        for name, shape in shapes.items():
+            if name in found:
+                raise InputError(f"{path}: weight {name} is in {holders[name].name} too; only one of them can be right")
+            found[name], holders[name] = StoredTensor(file, name, shape), path
+    return found
+
+
+def _build(config: T5Config, stored: Mapping[str, StoredTensor], dtype: torch.dtype, where: Path) -> T5:
     """A model of the given weights, after checking that they are exactly those the geometry needs."""
     with torch.device("meta"):
         model = T5(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in expected.items():
-        if name not in weights:
+        if name not in stored:
             raise InputError(f"{where}: weight {name} of shape {shape} is missing; the file is of another geometry")
-        if tuple(weights[name].shape) != shape:
-            raise InputError(
-                f"{where}: weight {name} has shape {tuple(weights[name].shape)}, but {CONFIG} asks for {shape}"
-            )
-        if not bool(torch.isfinite(weights[name]).all()):
-            raise InputError(f"{where}: weight {name} holds NaN or Inf; use a checkpoint from before it diverged")
-    for name in weights:
+        if stored[name].shape != shape:
+            raise InputError(f"{where}: weight {name} has shape {stored[name].shape}, but {CONFIG} asks for {shape}")
+    for name in stored:
         if name not in expected:
             raise InputError(f"{where}: weight {name} has no place in the model; the file is of another geometry")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    weights = {}
+    for name in expected:
+        weights[name] = stored[name].read(dtype)
+        # In pieces: the check needs several numbers per weight.
+        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(weights[name].flatten(), 2**16)):
+            raise InputError(f"{where}: weight {name} holds NaN or Inf; use a checkpoint from before it diverged")
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
@@ -178,26 +222,109 @@ def hf_name(name: str) -> str:
     return f"{stack}.block.{layer}.layer.{index}.{inner}.weight"
 
 
-def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
-    """Read a transformers T5.1.1 folder (config.json + safetensors, sharded or not).
+FAMILIES = {"t5": "relu", "mt5": "gated-gelu"}
+"""Families that fit, with the feed-forward network of configurations that name none."""
+OTHER_FAMILIES = {
+    "umt5": "each of its layers has a position bias of its own",
+    "longt5": "its encoder attends to neighbours only",
+    "switch_transformers": "its feed-forward networks are mixtures of experts",
+}
+HF_FILES = (CONFIG, "*.safetensors", HF_INDEX, "spiece.model", "tokenizer.json")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def hf_folder(source: Path | str) -> Path:
+    """Where a transformers checkpoint is: a folder as it is given, or a hub id (ORGANISATION/NAME), downloaded once.
 
     Raises:
-        InputError: as `load`; or the model is not T5.1.1 (tied embeddings, another feed-forward, another family).
+        InputError: neither a folder nor in the hub's cache, and the hub cannot be reached or does not know it.
     """
-    folder = Path(folder)
+    folder = Path(source)
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        return folder
+    import huggingface_hub  # here, since it takes a second, and only hub ids need it
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(HF_FILES)))
+    except Exception as error:  # of several libraries, by version
+        raise InputError(
+            f"{source}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)[:120]}); "
+            f"download {CONFIG}, the safetensors files with their index, and spiece.model into a folder, and give that"
+        ) from error
+
+
+def load_hf(source: Path | str, dtype: torch.dtype = torch.float32) -> T5:
+    """Read a transformers T5 (config.json + safetensors, sharded or not): T5.1.1, Flan-T5, mT5, T5 1.0, or UL2.
+
+    Args:
+        source: a folder, or a hub id; see `hf_folder`.
+        dtype: number format of the weights in memory.
+
+    Raises:
+        InputError: as `load` and `hf_folder`; or the model is none of these: says in what.
+    """
+    folder = hf_folder(source)
     record = read_config(folder)
-    # transformers 5 writes tie_word_embeddings=true into every T5 folder; this field keeps T5.1.1's false.
-    tied = record.get("tie_word_embeddings", True) and record.get("scale_decoder_outputs", True)
-    wanted = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    for name, value in wanted.items():
-        found = tied if name == "tie_word_embeddings" else record.get(name)
-        if found != value:
-            raise InputError(
-                f"{folder / CONFIG}: {name}={found!r}, but T5.1.1 has {value!r}; only T5.1.1 fits this model"
-            )
+    stored = stored_tensors(_hf_files(folder))
+    config = _hf_config(folder / CONFIG, record, stored)
+    with torch.device("meta"):
+        ours = {hf_name(name): name for name in T5(config).state_dict()}
+    weights = {ours.get(name, name): tensor for name, tensor in stored.items() if name not in _UNUSED}
+    if config.tied_embeddings:
+        weights.pop(_HEAD, None)  # the same as the embedding
+    elif _tied_by(record) and _SHARED in stored:
+        weights.setdefault(_HEAD, stored[_SHARED])
+    return _build(config, weights, dtype, folder)
+
+
+_HEAD, _SHARED = "lm_head.weight", "shared.weight"
+_UNUSED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", _CROSS_BIAS}
+"""Transformers may store the input embedding a second time under the stacks' names, and early conversions hold a
+position bias of cross-attention, which no model uses."""
+
+
+def _hf_files(folder: Path) -> list[Path]:
+    """The files of a transformers folder that hold its weights."""
+    index = folder / HF_INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        parts = [] if (folder / WEIGHTS).exists() else sorted(folder.glob("*-of-*.safetensors"))
+        return parts or [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not readable as an index of safetensors files ({error})") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing, though {HF_INDEX} names it; download it too")
+    return [folder / name for name in names]
+
+
+def _tied_by(record: Mapping[str, Any]) -> bool:
+    """Whether a configuration lets the output matrix be the embedding where none is stored."""
+    return bool(record.get("tie_word_embeddings", True))
+
+
+def _hf_config(where: Path, record: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> T5Config:
+    """The geometry that a configuration of transformers describes."""
+    family = record.get("model_type")
+    if family not in FAMILIES:
+        why = OTHER_FAMILIES.get(str(family), f"known: {', '.join(FAMILIES)}")
+        raise InputError(f"{where}: model_type={family!r} does not fit this model: {why}")
+    feed_forward = record.get("feed_forward_proj", FAMILIES[family])
+    if feed_forward not in ACTIVATIONS:
+        raise InputError(f"{where}: feed_forward_proj={feed_forward!r} does not fit; known: {', '.join(ACTIVATIONS)}")
+    # T5 1.0 scales the decoder's states and uses the embedding as output matrix; T5.1.1 does neither. transformers 4
+    # tells them apart by tie_word_embeddings; transformers 5 writes true for both, and scale_decoder_outputs beside it.
+    # mT5 is never scaled.
+    scaled = family == "t5" and record.get("scale_decoder_outputs", _tied_by(record))
+    if scaled and _HEAD in stored and not _equal(stored[_HEAD], stored.get(_SHARED)):
+        raise InputError(
+            f"{where}: decoder states are scaled, as in T5 1.0, but the output matrix is not the embedding, as in "
+            "T5.1.1; this model has both or neither (tie_word_embeddings=false makes it a T5.1.1)"
+        )
     try:
         layers = record["num_layers"]
-        config = T5Config(
+        return T5Config(
             vocab_size=record["vocab_size"],
             d_model=record["d_model"],
             d_ff=record["d_ff"],
@@ -205,48 +332,46 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
             head_dim=record["d_kv"],
             num_encoder_layers=layers,
             num_decoder_layers=record.get("num_decoder_layers") or layers,
+            num_kv_heads=record.get("num_kv_heads"),
+            feed_forward=feed_forward,
+            tied_embeddings=bool(scaled),
             relative_buckets=record.get("relative_attention_num_buckets", 32),
             relative_max_distance=record.get("relative_attention_max_distance", 128),
             layer_norm_epsilon=record.get("layer_norm_epsilon", 1e-6),
-            num_kv_heads=record.get("num_kv_heads"),
             pad_id=record.get("pad_token_id", 0),
             eos_id=record.get("eos_token_id", 1),
             decoder_start_id=record.get("decoder_start_token_id", 0),
         )
     except KeyError as error:
-        raise InputError(f"{folder / CONFIG}: field {error} is missing") from error
-    files = sorted(folder.glob("*.safetensors"))
-    stored: dict[str, Tensor] = {}
-    for path in files or [folder / WEIGHTS]:
-        stored.update(read_tensors(path))
-    with torch.device("meta"):
-        ours = {hf_name(name): name for name in T5(config).state_dict()}
-    # transformers may store the input embedding a second time under the stacks' names, and early conversions hold a
-    # position bias of cross-attention, which no model uses.
-    unused = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", _CROSS_BIAS}
-    weights = {ours.get(name, name): tensor for name, tensor in stored.items() if name not in unused}
-    return _build(config, weights, dtype, folder)
+        raise InputError(f"{where}: field {error} is missing") from error
 
 
-def save_hf(model: T5, folder: Path | str) -> None:
-    """Write a model as a transformers T5.1.1 folder.
+def _equal(a: StoredTensor, b: StoredTensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.equal(a.file.get_tensor(a.name), b.file.get_tensor(b.name))
+
+
+def save_hf(model: T5, folder: Path | str, *, expand: bool = False) -> None:
+    """Write a model as a transformers T5 folder.
+
+    Args:
+        model: the model. With fewer KV heads than query heads, `config.json` says how many, `load_hf` reads them, and
+            transformers refuses the folder, since it has no such T5.
+        folder: created if missing.
+        expand: write each KV head once for every query head that reads it: a plain T5 of the same function.
 
     Raises:
-        InputError: the model has fewer KV heads than query heads, which transformers' T5 cannot express.
+        InputError: the folder cannot be written.
     """
-    config = model.config
-    if set(config.kv_heads) != {config.num_heads}:
-        raise InputError(f"num_kv_heads={list(config.kv_heads)}: transformers' T5 knows multi-head attention only")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if expand:
+        model = expand_heads(model)
+    config, folder = model.config, Path(folder)
     weights = {hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    record = {
+    record: dict[str, Any] = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
+        "feed_forward_proj": config.feed_forward,
+        "tie_word_embeddings": config.tied_embeddings,
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "d_kv": config.head_dim,
@@ -262,4 +387,11 @@ def save_hf(model: T5, folder: Path | str) -> None:
         "eos_token_id": config.eos_id,
         "decoder_start_token_id": config.decoder_start_id,
     }
-    (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if set(config.kv_heads) != {config.num_heads}:
+        record["num_kv_heads"] = list(config.kv_heads)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot write the checkpoint ({error})") from error

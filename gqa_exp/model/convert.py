@@ -36,6 +36,21 @@ def pool_heads(weight: Tensor, heads_before: int, heads_after: int, method: str)
     return pooled.flatten(0, 1)
 
 
+def tile_heads(weight: Tensor, heads_before: int, heads_after: int) -> Tensor:
+    """A projection in which each head stands once for each of those that were, or could be, pooled to it.
+
+    Args:
+        weight: (heads_before * K, D).
+        heads_before: KV heads of `weight`.
+        heads_after: KV heads wanted; a multiple of `heads_before`.
+
+    Returns:
+        (heads_after * K, D).
+    """
+    heads = weight.view(heads_before, 1, -1, weight.shape[1])
+    return heads.expand(-1, heads_after // heads_before, -1, -1).reshape(-1, weight.shape[1])
+
+
 @torch.no_grad()
 def convert(model: T5, num_kv_heads: Any, method: str = "mean", seed: int = 0) -> T5:
     """A new model with fewer KV heads in the decoder; the given one is not changed.
@@ -77,11 +92,34 @@ def convert(model: T5, num_kv_heads: Any, method: str = "mean", seed: int = 0) -
                     pooled = fresh.to(weight)
                 else:
                     pooled = pool_heads(weight, old, new, method)
-                projection = nn.Linear(pooled.shape[1], pooled.shape[0], bias=False, device="meta")
-                projection.weight = nn.Parameter(pooled.clone(), requires_grad=weight.requires_grad)
-                setattr(attention, name, projection)
+                _replace(attention, name, pooled.clone())
             attention.num_kv_heads = new
     return converted
+
+
+@torch.no_grad()
+def expand_heads(model: T5) -> T5:
+    """A new multi-head model of the same function: each KV head once for every query head that reads it.
+
+    It gains nothing and loses the savings; it serves tools that know multi-head attention only.
+    """
+    expanded = copy.deepcopy(model)
+    heads = model.config.num_heads
+    expanded.config = dataclasses.replace(model.config, num_kv_heads=None)
+    for index, kv_heads in enumerate(model.config.kv_heads):
+        for site in SITES:
+            attention = _site(expanded, index, site)
+            for name in ("k", "v"):
+                _replace(attention, name, tile_heads(getattr(attention, name).weight, kv_heads, heads))
+            attention.num_kv_heads = heads
+    return expanded
+
+
+def _replace(attention: GroupedAttention, name: str, weight: Tensor) -> None:
+    """Put a projection of another size in the place of the given one."""
+    projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    projection.weight = nn.Parameter(weight, requires_grad=getattr(attention, name).weight.requires_grad)
+    setattr(attention, name, projection)
 
 
 def _site(model: T5, layer: int, site: str) -> GroupedAttention:
@@ -121,8 +159,7 @@ def conversion_report(before: T5, after: T5) -> list[SiteReport]:
             errors = {}
             for name in ("k", "v"):
                 original = getattr(old, name).weight.float()
-                pooled = getattr(new, name).weight.float().view(new.num_kv_heads, 1, new.head_dim, -1)
-                tiled = pooled.expand(-1, old.num_kv_heads // new.num_kv_heads, -1, -1).reshape(original.shape)
+                tiled = tile_heads(getattr(new, name).weight.float(), new.num_kv_heads, old.num_kv_heads)
                 errors[name] = float((original - tiled).norm() / original.norm())
             reports.append(SiteReport(layer, site, old.num_kv_heads, new.num_kv_heads, errors["k"], errors["v"]))
     return reports

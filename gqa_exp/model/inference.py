@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gqa_exp.host import can_compile, supports_dtype
 from gqa_exp.model import native
 from gqa_exp.model.attention import KVCache
-from gqa_exp.model.t5 import T5, DecoderLayer, RMSNorm, additive_mask, allow_many_versions
+from gqa_exp.model.t5 import T5, DecoderLayer, RMSNorm, activate, additive_mask, allow_many_versions
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 STRETCH = 128
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.norm, self.gated = norm, gated
         weight = torch.cat(weights).detach() if len(weights) > 1 else weights[0].detach()
-        self.outputs = weight.shape[0]
+        self.outputs, self.inputs = weight.shape
         dtype = str(weight.dtype).removeprefix("torch.")
         on_cpu = weight.device.type == "cpu"
         packed = native.pack(weight, gated) if few_rows else None
@@ -106,7 +106,10 @@ class PackedDecoderLayer(nn.Module):
         self.cross_q = pack(cross.q.weight, norm=layer.cross_attention_norm)
         self.cross_kv = pack(cross.k.weight, cross.v.weight, few_rows=False)
         self.cross_o = pack(cross.o.weight)
-        self.wi = pack(feed_forward.wi_0.weight, feed_forward.wi_1.weight, norm=layer.feed_forward_norm, gated=True)
+        # The products' own gate is T5.1.1's; others act on what the products give.
+        self.kind = feed_forward.kind
+        inner = [projection.weight for projection in feed_forward.inner]
+        self.wi = pack(*inner, norm=layer.feed_forward_norm, gated=self.kind == "gated-gelu")
         self.wo = pack(feed_forward.wo.weight)
 
     def cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
@@ -143,7 +146,10 @@ class PackedDecoderLayer(nn.Module):
         q_BGRK = self.cross_q(x_BD).view(B, G, R, K)
         out_BGRK = cross.attend(q_BGRK, cross.v_BGSK.shape[2], mask)
         x_BD = self.cross_o(out_BGRK.reshape(B, G * R * K), x_BD)
-        return self.wo(self.wi(x_BD), x_BD)  # type: ignore[no-any-return]
+        hidden_BF = self.wi(x_BD)
+        if not self.wi.gated:
+            hidden_BF = activate(self.kind, *hidden_BF.split(self.wo.inputs, dim=1))
+        return self.wo(hidden_BF, x_BD)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -211,7 +217,13 @@ class InferenceT5(nn.Module):
             for layer in model.decoder.layers
             if isinstance(layer, DecoderLayer)
         )
-        self.lm_head = PackedLinear(model.lm_head.weight, norm=model.decoder.final_norm, compiled=compile_step)
+        norm, weight = model.decoder.final_norm, model.embedding.weight
+        if model.lm_head is not None:
+            weight = model.lm_head.weight
+        else:  # scaled before the product, so in the norm's weight
+            norm = copy.deepcopy(norm)
+            norm.weight.data *= self.config.d_model**-0.5
+        self.lm_head = PackedLinear(weight, norm=norm, compiled=compile_step)
         self._prepare_step()
 
     def _prepare_step(self) -> None:

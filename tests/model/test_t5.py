@@ -32,8 +32,8 @@ def transformers_twin(model, dropout=0.0):
             relative_attention_num_buckets=config.relative_buckets,
             relative_attention_max_distance=config.relative_max_distance,
             layer_norm_epsilon=config.layer_norm_epsilon,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
+            feed_forward_proj=config.feed_forward,
+            tie_word_embeddings=config.tied_embeddings,
             dropout_rate=dropout,
             pad_token_id=config.pad_id,
             eos_token_id=config.eos_id,
@@ -41,13 +41,15 @@ def transformers_twin(model, dropout=0.0):
             attn_implementation="eager",
         )
     )
-    reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
     weights = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     for stack in ("encoder", "decoder"):
         weights[f"{stack}.embed_tokens.weight"] = weights["shared.weight"]
+    if config.tied_embeddings:
+        weights["lm_head.weight"] = weights["shared.weight"]
+    else:
+        reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.lm_head.weight))
     reference.load_state_dict(weights)
-    assert not torch.equal(reference.lm_head.weight, reference.shared.weight)
-    assert torch.equal(reference.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(reference.lm_head.weight, reference.shared.weight) == config.tied_embeddings
     return reference.eval()
 
 
@@ -64,6 +66,8 @@ def geometries(draw):
         "relative_buckets": draw(st.sampled_from([8, 32])),
         "relative_max_distance": draw(st.sampled_from([10, 128])),
         "layer_norm_epsilon": draw(st.sampled_from([1e-6, 1e-2])),
+        "feed_forward": draw(st.sampled_from(["gated-gelu", "gated-silu", "relu"])),
+        "tied_embeddings": draw(st.booleans()),
     }
 
 
@@ -188,11 +192,13 @@ def test_decoder_sees_no_future(tiny_model):
     st.integers(1, 30),
     st.integers(1, 9),
     st.integers(1, 3),
+    st.sampled_from([{}, {"feed_forward": "relu", "tied_embeddings": True}]),
 )
 @settings(max_examples=15, deadline=None)
-def test_sizes_are_what_the_formulas_say(tiny_config, heads, d_ff, head_dim, encoder_layers):
+def test_sizes_are_what_the_formulas_say(tiny_config, heads, d_ff, head_dim, encoder_layers, relative):
     num_heads, kv_heads = heads
     config = tiny_config(
+        **relative,
         num_heads=num_heads,
         num_kv_heads=kv_heads,
         d_ff=d_ff,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gqa_exp.errors import InputError
+from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.timing import peers
 from gqa_exp.timing.timer import Round, Series
 
@@ -35,6 +36,17 @@ def test_transformers_writes_the_same_on_the_same_weights(
     assert theirs["equal_ids"] == 1
     assert len(theirs["step_seconds"]) == 2
     assert theirs["ours float32 / it"]["median"] > 0
+
+
+def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model(num_kv_heads=[4, 1], num_decoder_layers=2)
+    save_hf(model, tmp_path, expand=True)
+    peers.write_tokenizer(tmp_path, model.config.vocab_size)
+    input_ids = torch.randint(len(peers.SPECIAL), model.config.vocab_size, (3, 9))
+    ours = peers.ours(model, input_ids, "float32")(12)
+    assert len({tuple(ids) for ids in ours}) > 1
+    assert peers.transformers_t5(tmp_path, input_ids, "float32")(12) == ours
+    assert peers.ctranslate2_t5(tmp_path, input_ids, "float32")(12) == ours
 
 
 @pytest.mark.parametrize(
