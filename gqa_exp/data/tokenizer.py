@@ -1,13 +1,16 @@
 """The one place that knows how text becomes ids: a SentencePiece model with T5's sentinels on top.
 
 The sentinels mark the spans that corruption takes out. They are no pieces of the model, so any SentencePiece model with
-T5's ids for padding, end of sequence and unknown can be used, T5's own included.
+T5's ids for padding, end of sequence and unknown can be used, T5's own included. It may come as SentencePiece's file
+(`spiece.model` in folders of transformers) or as the `tokenizer.json` that the library tokenizers writes.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -22,43 +25,124 @@ SENTINEL = re.compile(r"<extra_id_([0-9]{1,4})>")
 """How a task's text names a sentinel, in the words of T5's tokenizer in transformers."""
 
 
+FILES = ("spiece.model", "tokenizer.json")
+"""Names of tokenizers in folders of transformers, the one to prefer first."""
+
+
+class Pieces(Protocol):
+    """What turns text into ids and back, without sentinels and without adding anything."""
+
+    size: int
+    special: tuple[int, int, int]
+    """Ids of padding, end of sequence and unknown."""
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        """Ids of each text."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+
+
+class SentencePieces:
+    """A SentencePiece model, run by its own library.
+
+    Raises:
+        RuntimeError: the data is no such model.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        self._pieces.LoadFromSerializedProto(data)
+        self.size = int(self._pieces.get_piece_size())
+        self.special = self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        """Ids of each text."""
+        return self._pieces.encode(list(texts), num_threads=threads)  # type: ignore[no-any-return]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return str(self._pieces.decode(ids))
+
+
+class JsonPieces:
+    """The same model as `tokenizer.json`, run by the library tokenizers.
+
+    There, special tokens and sentinels are pieces like others, and stand for themselves wherever a text names them. For
+    SentencePiece a text is text, so they are taken out, or renamed to what no text can hold.
+
+    Raises:
+        ValueError: no such file, of another kind of model, or without T5's special tokens.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        import tokenizers  # here, since only this kind needs it
+
+        record: dict[str, Any] = json.loads(data)
+        if record["model"]["type"] != "Unigram":
+            raise ValueError(f"its model is {record['model']['type']}, and T5's is Unigram")
+        vocabulary = [list(entry) for entry in record["model"]["vocab"]]
+        while vocabulary and SENTINEL.fullmatch(vocabulary[-1][0]):
+            vocabulary.pop()
+        names = [name for name, _ in vocabulary]
+        pad, eos, unk = self.special = names.index("<pad>"), names.index("</s>"), int(record["model"]["unk_id"])
+        for i in (pad, eos):
+            vocabulary[i][0] = f"\0{names[i]}"
+        vocabulary[unk][0] = "\u2581\u2047\u2581"  # what SentencePiece writes for it
+        record["model"]["vocab"] = vocabulary
+        record |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self._pieces = tokenizers.Tokenizer.from_str(json.dumps(record))
+        self.size = len(vocabulary)
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        """Ids of each text; the library chooses its threads by itself."""
+        return [encoding.ids for encoding in self._pieces.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return str(self._pieces.decode(ids, skip_special_tokens=False))
+
+
 class Tokenizer:
-    """A SentencePiece model plus `num_sentinels` ids above its pieces.
+    """Pieces plus `num_sentinels` ids above them.
 
     Args:
-        model_path: the SentencePiece `.model` file.
+        path: a SentencePiece `.model` file, a `tokenizer.json`, or a folder that holds one of `FILES`.
         num_sentinels: how many ids to add.
 
     Raises:
-        InputError: the file is missing, empty, no SentencePiece model, or has other special ids than T5.
+        InputError: the file is missing, empty, no such model, or has other special ids than T5.
     """
 
     pad_id = PAD_ID
     eos_id = EOS_ID
     unk_id = UNK_ID
 
-    def __init__(self, model_path: str | Path, num_sentinels: int = NUM_SENTINELS) -> None:
+    def __init__(self, path: str | Path, num_sentinels: int = NUM_SENTINELS) -> None:
+        path = Path(path)
+        if path.is_dir():
+            path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
         try:
-            data = Path(model_path).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"tokenizer {model_path} cannot be read ({error.strerror}); give a SentencePiece .model file"
+                f"tokenizer {path} cannot be read ({error.strerror}); give a SentencePiece .model file"
             ) from None
         if not data:
-            raise InputError(f"tokenizer {model_path} is empty; give a SentencePiece .model file")
-        self._pieces = sentencepiece.SentencePieceProcessor()
+            raise InputError(f"tokenizer {path} is empty; give a SentencePiece .model file")
+        json_file = path.suffix == ".json"
         try:
-            self._pieces.LoadFromSerializedProto(data)
-        except RuntimeError as error:
-            raise InputError(f"tokenizer {model_path} is not a SentencePiece model ({one_line(error)})") from None
-        special = self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()
-        if special != (PAD_ID, EOS_ID, UNK_ID):
+            self._pieces: Pieces = JsonPieces(data) if json_file else SentencePieces(data)
+        except Exception as error:  # the libraries raise nothing more specific
+            kind = "tokenizer.json of a T5" if json_file else "SentencePiece model"
+            raise InputError(f"tokenizer {path} is not a {kind} ({one_line(error)})") from None
+        if self._pieces.special != (PAD_ID, EOS_ID, UNK_ID):
             raise InputError(
-                f"tokenizer {model_path} has pad, eos, unk = {special}; "
+                f"tokenizer {path} has pad, eos, unk = {self._pieces.special}; "
                 f"train it with pad_id={PAD_ID}, eos_id={EOS_ID}, unk_id={UNK_ID}"
             )
         self.num_sentinels = num_sentinels
-        self.num_pieces = int(self._pieces.get_piece_size())
+        self.num_pieces = self._pieces.size
         self.vocab_size = self.num_pieces + num_sentinels
         """Ids that exist; a model may round its vocabulary up."""
         self.content_hash = hashlib.sha256(data + b"\0%d" % num_sentinels).hexdigest()
@@ -100,7 +184,7 @@ class Tokenizer:
         # What stands between sentinels, and their numbers, in turn.
         split = [SENTINEL.split(text) if sentinels else [text] for text in texts]
         between = [part for parts in split for part in parts[::2]]
-        pieces = iter(self._pieces.encode(between, num_threads=threads))
+        pieces = iter(self._pieces.encode(between, threads))
         encoded = []
         for parts in split:
             ids = list(next(pieces))
@@ -119,7 +203,7 @@ class Tokenizer:
                 break
             if token != PAD_ID and 0 <= token < self.num_pieces:
                 kept.append(int(token))
-        return str(self._pieces.decode(kept))
+        return self._pieces.decode(kept)
 
 
 def default_tokenizer() -> Tokenizer:

@@ -1,13 +1,18 @@
 """The tokenizer adds ids to SentencePiece's and nothing else: what it says is checked against the library itself."""
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gqa_exp.data import embedded
+from gqa_exp.data.embedded import TOKENIZER
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
 
@@ -110,6 +115,64 @@ def test_hash_follows_content(tokenizer, model_path, tmp_path):
     other = train(tmp_path / "other.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols="x")
     assert Tokenizer(copy).content_hash == tokenizer.content_hash
     assert len({t.content_hash for t in (tokenizer, Tokenizer(other), Tokenizer(copy, num_sentinels=10))}) == 3
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory):
+    """What transformers makes of the shipped model: a folder without SentencePiece's file."""
+    slow, fast = tmp_path_factory.mktemp("slow"), tmp_path_factory.mktemp("fast")
+    shutil.copyfile(TOKENIZER, slow / "spiece.model")
+    transformers.T5Tokenizer.from_pretrained(slow).save_pretrained(fast)
+    assert [path.name for path in fast.glob("*.model")] == []
+    return fast
+
+
+@pytest.fixture(scope="module")
+def from_json(json_folder):
+    return Tokenizer(json_folder)
+
+
+ODD = ["</s>", "<pad> a <unk>", "<extra_id_0>", "a\0b", "\u2581\u2047\u2581", "漢字 and \u2047", "  two  spaces\n", ""]
+
+
+@given(
+    text=st.one_of(st.sampled_from([*TEXTS, *ODD]), st.text(alphabet="abcdeghnst äöüßTHX.,!?()-8\n漢ﬁ½", max_size=60))
+)
+def test_both_kinds_of_files_give_the_same(text, from_json):
+    ours = default_tokenizer()
+    ids = ours.encode(text)
+    assert from_json.encode(text) == ids
+    assert from_json.decode(ids) == ours.decode(ids)
+    marked = f"{text} <extra_id_3> {text}"
+    if "<extra_id_0>" not in text:
+        assert from_json.encode(marked, sentinels=True) == ours.encode(marked, sentinels=True)
+
+
+def test_both_kinds_agree_on_the_embedded_text(from_json):
+    texts = embedded.packages()["body"][:2000:10]
+    assert from_json.encode_batch(texts) == default_tokenizer().encode_batch(texts)
+    assert (from_json.vocab_size, from_json.sentinel(0)) == (8192, 8191)
+
+
+def test_a_folder_gives_sentencepieces_file_first(json_folder, model_path, tmp_path):
+    shutil.copyfile(json_folder / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path).content_hash == Tokenizer(json_folder / "tokenizer.json").content_hash
+    shutil.copyfile(model_path, tmp_path / "spiece.model")
+    assert Tokenizer(tmp_path).content_hash == Tokenizer(model_path).content_hash
+
+
+def test_a_tokenizer_of_another_kind_is_refused(json_folder, tmp_path):
+    record = json.loads((json_folder / "tokenizer.json").read_text())
+    path = tmp_path / "tokenizer.json"
+    for spoiled, said in (
+        ({**record, "model": {**record["model"], "type": "BPE"}}, "its model is BPE, and T5's is Unigram"),
+        ({**record, "model": {**record["model"], "vocab": [["a", 0.0]]}}, "'<pad>' is not in list"),
+        ([], "not a tokenizer.json of a T5"),
+    ):
+        path.write_text(json.dumps(spoiled))
+        with pytest.raises(InputError, match=said) as caught:
+            Tokenizer(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_bad_files_end_in_one_clear_line(tmp_path):
