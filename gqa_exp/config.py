@@ -8,13 +8,14 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gqa_exp.errors import InputError, suggest
 
 METHODS = ("mean", "first", "random")
 """How the K/V heads of a group become one (paper section 2.1 and Figure 4)."""
 DTYPES = ("float32", "bfloat16", "float16")
+Split = Literal["train", "dev", "test"]
 TASK_KINDS = ("summarization", "translation", "question answering")
 METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
 OPTIMIZER_SLOTS = ("pool", "reset")
@@ -106,6 +107,25 @@ class TaskConfig:
     """Also the generation limit."""
     passages: int = bounded(1, 1, 64)
     """debian_cloze only: packages in the context, the right one among them."""
+    data_dir: str | None = None
+    """Public data sets only: folder of the files of its hub repository; null: from the hub."""
+    train_files: list[str] = field(default_factory=list)
+    """task=custom only: Parquet, JSON lines or CSV files, with the two columns below."""
+    dev_files: list[str] = field(default_factory=list)
+    test_files: list[str] = field(default_factory=list)
+    """task=custom only; not needed with evaluation.split=dev."""
+    source_column: str = "source"
+    """task=custom only: column of the input."""
+    target_column: str = "target"
+    """task=custom only: column of the output; where it holds lists, all of an example's count as right."""
+
+
+PUBLIC_TASKS = ("cnn_dailymail", "arxiv", "pubmed", "mediasum", "multi_news", "wmt14_en_de", "triviaqa")
+"""The paper's data sets (section 3.1)."""
+CUSTOM = "custom"
+"""The task, and the corpus, of the user's own files."""
+TASK_PATHS = ("data_dir", "train_files", "dev_files", "test_files")
+"""Fields that say where text lies; what counts is its content."""
 
 
 @dataclass
@@ -339,7 +359,21 @@ def check(config: Config) -> None:
             f"finetune.batch_tokens={config.finetune.batch_tokens} cannot hold one example of task {config.task.name} "
             f"({config.task.max_input_tokens} + {config.task.max_target_tokens} tokens); raise it or shorten the task"
         )
-    if config.task.passages != 1 and config.task.name != "debian_cloze":
-        raise InputError(f"task.passages={config.task.passages} has no meaning for task {config.task.name}")
+    task = config.task
+    if task.passages != 1 and task.name != "debian_cloze":
+        raise InputError(f"task.passages={task.passages} has no meaning for task {task.name}")
+    files = {"train": task.train_files, "dev": task.dev_files}
+    files |= {"test": task.test_files} if config.evaluation.split == "test" else {}
+    for split, paths in files.items():
+        if task.name == CUSTOM and not paths:
+            raise InputError(f"task.{split}_files is empty; task={CUSTOM} needs files of this split")
+    if task.data_dir is not None and task.name not in PUBLIC_TASKS:
+        raise InputError(
+            f"task.data_dir={task.data_dir} has no meaning for task {task.name}; it is for public data sets"
+        )
+    if config.corpus.name == CUSTOM and not config.corpus.files:
+        raise InputError(f"corpus.files is empty; corpus={CUSTOM} needs text files, one document each")
+    if task.name != CUSTOM and any(files.values()):
+        raise InputError(f"task.train_files and its like have no meaning for task {task.name}; use task={CUSTOM}")
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise InputError(f"output={config.output} is a file; it must be a folder that can be written")

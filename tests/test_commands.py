@@ -18,10 +18,17 @@ CHOICES = [
 ]
 
 
+NEEDED = {
+    "task=custom": ["task.train_files=[a.csv]", "task.dev_files=[b.csv]", "task.test_files=[c.csv]"],
+    "corpus=custom": ["corpus.files=[a.txt]"],
+}
+"""What the choices on the user's own files cannot do without."""
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes(choice: str) -> None:
     group, _, name = choice.partition("=")
-    section = getattr(compose([choice]), group)
+    section = getattr(compose([choice, *NEEDED.get(choice, [])]), group)
     assert getattr(section, "name", name) == name
 
 
@@ -43,6 +50,11 @@ def test_every_choice_composes(choice: str) -> None:
         (["proportion=much"], "could not be converted"),
         (["num_kv_heads"], "missing EQUAL"),
         (["finetune.batch_tokens=16"], "cannot hold one example"),
+        (["task=custom"], "task.train_files is empty"),
+        (["task=custom", "task.train_files=[a.csv]", "task.dev_files=[b.csv]"], "task.test_files is empty"),
+        (["task.dev_files=[a.csv]"], "no meaning for task debian_synopsis; use task=custom"),
+        (["task.data_dir=data"], "no meaning for task debian_synopsis"),
+        (["corpus=custom"], "corpus.files is empty"),
     ],
 )
 def test_bad_overrides(overrides: list[str], said: str) -> None:

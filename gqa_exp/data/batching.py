@@ -4,10 +4,13 @@ Batches are counted in tokens, not examples, so that a step costs the same whate
 similar length share one. Every batch is a pure function of (seed, step), so fine-tuning can resume anywhere.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import datasets
 import numpy as np
@@ -25,47 +28,67 @@ Batch = dict[str, torch.Tensor]
 class EncodedTask:
     """A task's examples as ids, each list closed by the end-of-sequence id, in the dataset's order."""
 
-    input_ids: list[list[int]]
-    target_ids: list[list[int]]
+    input_ids: Sequence[list[int]]
+    target_ids: Sequence[list[int]]
+    lengths: list[tuple[int, int]]
+    """Input and target tokens of each example."""
     truncated_inputs: int
     """Examples whose input was cut."""
     truncated_targets: int
 
     def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        """Input and target tokens of each example."""
-        return [(len(i), len(t)) for i, t in zip(self.input_ids, self.target_ids, strict=True)]
+        return len(self.lengths)
 
 
-def encode_task(dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int, max_target: int) -> EncodedTask:
+def encode_task(
+    dataset: datasets.Dataset, tokenizer: Tokenizer, max_input: int, max_target: int, sentinels: bool = True
+) -> EncodedTask:
     """Tokenize a task's examples; what is cut is counted and logged, never silent.
 
     What is cut keeps its end of sequence, and a sentinel that stands last, since that is what asks for the output.
+    Examples that came from files are kept in the cache of `datasets` beside them, under a name of their content, and
+    read from there as they are needed.
 
     Args:
         dataset: columns input and target, as `gqa_exp.data.tasks.load_task` gives them.
         tokenizer: makes the ids.
         max_input: most tokens of an input, end of sequence included.
         max_target: most tokens of a target, end of sequence included.
+        sentinels: whether `<extra_id_0>` in a text is a sentinel, or text like any other.
     """
-
-    def cut(column: str, limit: int) -> tuple[list[list[int]], int]:
-        ids = tokenizer.encode_batch(list(dataset[column]), sentinels=True)
-        longer = sum(len(row) > limit for row in ids)
-        if longer:
-            logger.warning("%d of %d %ss are longer than %d tokens and were cut", longer, len(ids), column, limit)
-        return [row if len(row) <= limit else shortened(row, limit) for row in ids], longer
 
     def shortened(row: list[int], limit: int) -> list[int]:
         end = 2 if len(row) > 1 and row[-2] >= tokenizer.num_pieces else 1
         return [*row[: max(0, limit - end)], *row[-end:]][-limit:]
 
-    inputs, longer_inputs = cut("input", max_input)
-    targets, longer_targets = cut("target", max_target)
-    return EncodedTask(inputs, targets, longer_inputs, longer_targets)
+    def encode(texts: dict[str, list[str]]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {}
+        for column, limit in (("input", max_input), ("target", max_target)):
+            ids = tokenizer.encode_batch(texts[column], sentinels=sentinels)
+            columns[f"{column}_ids"] = [row if len(row) <= limit else shortened(row, limit) for row in ids]
+            columns[f"{column}_length"] = list(map(len, columns[f"{column}_ids"]))
+            columns[f"{column}_cut"] = [len(row) > limit for row in ids]
+        return columns
+
+    if dataset.cache_files:
+        facts = [dataset._fingerprint, tokenizer.content_hash, max_input, max_target, sentinels]
+        columns: Any = dataset.map(
+            encode,
+            batched=True,
+            remove_columns=dataset.column_names,
+            new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
+            desc="tokenizing",
+        )
+    else:
+        columns = encode({column: list(dataset[column]) for column in ("input", "target")})
+    lengths = list(zip(columns["input_length"], columns["target_length"], strict=True))
+    longer = {}
+    for column, limit in (("input", max_input), ("target", max_target)):
+        longer[column] = sum(columns[f"{column}_cut"])
+        if longer[column]:
+            message = "%d of %d %ss are longer than %d tokens and were cut"
+            logger.warning(message, longer[column], len(lengths), column, limit)
+    return EncodedTask(columns["input_ids"], columns["target_ids"], lengths, longer["input"], longer["target"])
 
 
 def round_up(length: int, multiple: int) -> int:
@@ -139,6 +162,7 @@ class FinetuneBatches:
         batch_tokens: most padded tokens of a batch, inputs plus targets.
         seed: of the order.
         multiple: to what padded lengths are rounded.
+        lengths: tokens of each example's input and target, where they are known; else they are counted.
 
     Raises:
         InputError: no examples, or one that alone is beyond the budget.
@@ -151,14 +175,15 @@ class FinetuneBatches:
         batch_tokens: int,
         seed: int,
         multiple: int = 32,
+        lengths: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        if not inputs:
+        if not len(inputs):
             raise InputError("there are no examples to train on")
         self.inputs = inputs
         self.targets = targets
         self.multiple = multiple
-        lengths = [(len(i), len(t)) for i, t in zip(inputs, targets, strict=True)]
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: bucketed_batches(lengths, batch_tokens, seed, epoch, multiple))
+        known = lengths or [(len(i), len(t)) for i, t in zip(inputs, targets, strict=True)]
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: bucketed_batches(known, batch_tokens, seed, epoch, multiple))
         self.steps_per_epoch = len(self._epoch(0))
 
     def indices(self, step: int) -> list[int]:

@@ -1,8 +1,9 @@
 """Text-to-text tasks on the embedded text: summarization (short and of many documents), translation, reading.
 
-All are derived from the same tables when they are loaded, so text is stored once and the split, made per source package
-and help page, is the same for all. Whatever is drawn (order, blanks, distractors) is drawn by hash of the example's id:
-an example stays as it is when others come or go.
+Tasks on other text (`gqa_exp.data.public`) are had through the same functions. Those here are derived from the same
+tables when they are loaded, so text is stored once and the split, made per source package and help page, is the same
+for all. Whatever is drawn (order, blanks, distractors) is drawn by hash of the example's id: an example stays as it is
+when others come or go.
 
 What a task needs beyond its examples (prompt, lengths, metric) is configuration: `conf/task`.
 """
@@ -13,16 +14,15 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import datasets
 
-from gqa_exp.config import TaskConfig
-from gqa_exp.data import embedded
+from gqa_exp.config import Split, TaskConfig
+from gqa_exp.data import embedded, public
 from gqa_exp.data.corpus import file_hash
+from gqa_exp.data.public import CONTEXT
 from gqa_exp.errors import InputError, suggest
-
-Split = Literal["train", "dev", "test"]
 
 TASKS_VERSION = 2
 """Raise when the same files and configuration would give other examples."""
@@ -37,7 +37,6 @@ def blank(i: int) -> str:
 
 
 BLANK = blank(0)
-CONTEXT = " context: "
 JOINT = " . "
 """Between the sentences of a summary: what T5's rougeLsum takes for a line break."""
 
@@ -82,7 +81,7 @@ class Example(NamedTuple):
 
 
 def load_task(config: TaskConfig, split: Split) -> datasets.Dataset:
-    """A task's examples, in memory, in a fixed shuffled order (so that the first n are a fair sample).
+    """A task's examples, in a fixed shuffled order (so that the first n are a fair sample).
 
     Args:
         config: names the task; its prompt, lengths and `passages` shape the examples.
@@ -92,8 +91,10 @@ def load_task(config: TaskConfig, split: Split) -> datasets.Dataset:
         Columns id, group, input, target (text) and references (list of text).
 
     Raises:
-        InputError: unknown task, or more passages than the split can fill.
+        InputError: unknown task, more passages than the split can fill, or as `gqa_exp.data.public.load_public`.
     """
+    if config.name in public.KNOWN:
+        return public.load_public(config, split)
     examples = sorted(_task(config).build(config, split), key=lambda example: _hash(example.id))
     return datasets.Dataset.from_dict(
         {field: [getattr(example, field) for example in examples] for field in Example._fields}
@@ -102,6 +103,8 @@ def load_task(config: TaskConfig, split: Split) -> datasets.Dataset:
 
 def task_hash(config: TaskConfig) -> str:
     """Content hash of what determines the examples: tables, the fields that shape them, and this module's version."""
+    if config.name in public.KNOWN:
+        return public.public_hash(config)
     shape = {name: getattr(config, name) for name in ("name", "prompt", "max_input_tokens", "passages")}
     tables = [file_hash(embedded.FOLDER / f"{table}.parquet") for table in _task(config).tables]
     return hashlib.sha256(json.dumps([TASKS_VERSION, shape, tables], sort_keys=True).encode()).hexdigest()
@@ -122,6 +125,8 @@ def baseline_predictions(config: TaskConfig, dataset: datasets.Dataset) -> dict[
     Raises:
         InputError: unknown task.
     """
+    if config.name in public.KNOWN:
+        return public.public_baselines(config, dataset)
     task = _task(config)
     inputs = [text.removeprefix(config.prompt) for text in dataset["input"]]
     if task is TASKS["en_de"]:
@@ -316,7 +321,7 @@ TASKS = {
 
 def _task(config: TaskConfig) -> Task:
     if config.name not in TASKS:
-        raise InputError(f'task "{config.name}" is unknown; {suggest(config.name, TASKS)}')
+        raise InputError(f'task "{config.name}" is unknown; {suggest(config.name, (*TASKS, *public.KNOWN))}')
     return TASKS[config.name]
 
 

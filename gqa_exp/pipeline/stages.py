@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from lightning.pytorch.loggers import Logger
 
-from gqa_exp.config import Config, PretrainConfig, kv_heads_per_layer, variant_label
+from gqa_exp.config import TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
 from gqa_exp.data.tasks import baseline_predictions, task_hash
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
@@ -182,7 +182,7 @@ class Pipeline:
             "seed": config.seed,
             "data": task_hash(config.task),
             "tokenizer": self.tokenizer.content_hash,
-            "task": vars(config.task),
+            "task": {name: value for name, value in vars(config.task).items() if name not in TASK_PATHS},
             "finetune": vars(config.finetune),
             "dtype": config.evaluation.dtype,
             "precision": config.trainer.precision,

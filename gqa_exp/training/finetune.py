@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 
 from gqa_exp.config import Config
 from gqa_exp.data.batching import EncodedTask, FinetuneBatches, encode_task
-from gqa_exp.data.tasks import load_task
+from gqa_exp.data.tasks import TASKS, load_task
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.evaluation import Evaluation, evaluate_model
 from gqa_exp.model import T5
@@ -43,8 +43,10 @@ def read_split(config: Config, split: str, tokenizer: Tokenizer, limit: int | No
     dataset = load_task(config.task, split)  # type: ignore[arg-type]  # one of the split names, checked
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(range(limit))
+    task = config.task
+    sentinels = task.name in TASKS  # those that ask as pre-training does; in other text nothing is one
     return EncodedSplit(
-        dataset, encode_task(dataset, tokenizer, config.task.max_input_tokens, config.task.max_target_tokens)
+        dataset, encode_task(dataset, tokenizer, task.max_input_tokens, task.max_target_tokens, sentinels)
     )
 
 
@@ -105,6 +107,7 @@ def finetune(
         settings.batch_tokens,
         config.seed,
         LENGTH_MULTIPLE,
+        train_split.encoded.lengths,
     )
 
     def look_at_dev(now: TrainingState) -> bool:

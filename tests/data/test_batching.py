@@ -115,6 +115,7 @@ class Letters:
 
     eos_id = 1
     num_pieces = 500
+    content_hash = "letters"
 
     def encode_batch(self, texts: list[str], sentinels: bool) -> list[list[int]]:
         assert sentinels
