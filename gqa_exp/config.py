@@ -20,6 +20,8 @@ TASK_KINDS = ("summarization", "translation", "question answering")
 METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
 OPTIMIZER_SLOTS = ("pool", "reset")
 INITIALIZATIONS = ("reading", "t5")
+FEED_FORWARDS = ("gated-gelu", "gated-silu", "relu")
+"""By transformers' names: of T5.1.1, Flan-T5 and mT5; of UL2; of T5 1.0."""
 CROSS_KV = ("cached", "recomputed")
 """Whether cross-attention's keys and values are computed once, or again at each decode step as public JAX code does."""
 
@@ -46,8 +48,14 @@ class ModelConfig:
     num_encoder_layers: int = bounded(4, 1)
     num_decoder_layers: int = bounded(4, 1)
     vocab_size: int = bounded(8192, 128)
+    feed_forward: str = one_of("gated-gelu", FEED_FORWARDS)
+    tied_embeddings: bool = False
+    """Whether the output projection is the embedding, as in T5 1.0."""
     base: str | None = None
-    """Folder of the MHA base checkpoint; null: the one shipped under gqa_exp/checkpoints/NAME."""
+    """The MHA base checkpoint: a folder of ours or of transformers, with its tokenizer, or a hub id; null: the one
+    shipped under gqa_exp/checkpoints/NAME."""
+    steps: int | None = None
+    """Steps that a base of transformers was pre-trained for; ours say so themselves."""
 
 
 @dataclass

@@ -5,7 +5,6 @@ Reads and writes folders of transformers too, so it also takes a checkpoint from
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from gqa_exp.config import METHODS, OPTIMIZER_SLOTS, parse_kv_heads
+from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
 from gqa_exp.errors import InputError, Parser, command
 from gqa_exp.model.checkpoint import (
     CONFIG,
@@ -29,9 +29,9 @@ from gqa_exp.model.checkpoint import (
     WEIGHTS,
     content_hash,
     hf_folder,
+    is_hf,
     load,
     load_hf,
-    read_config,
     save,
     save_hf,
 )
@@ -40,7 +40,6 @@ from gqa_exp.training.conversion import convert_state
 from gqa_exp.training.state import TrainingState
 
 MANIFEST = "manifest.json"
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHECKPOINT_FILES = {CONFIG, WEIGHTS, OPTIMIZER, TRAINING, MANIFEST, *TOKENIZER_FILES}
 MAX_SEED = 2**31 - 1
 
@@ -147,7 +146,7 @@ def convert_checkpoint(
     report = conversion_report(state.model, converted.model)
     manifest = {
         "source": str(source),
-        "source_hash": _hf_hash(source) if from_hf else content_hash(source),
+        "source_hash": content_hash(source),
         "method": method,
         "num_heads": converted.model.config.num_heads,
         "num_kv_heads": list(converted.model.config.kv_heads),
@@ -214,22 +213,11 @@ def _read(source: Path, from_hf: bool) -> tuple[TrainingState, bool]:
     """The source, and whether it holds more than a model: a training record, and slots."""
     if from_hf:
         return TrainingState(load_hf(source)), False
-    record = read_config(source)
-    if "model_type" in record and "format" not in record:
+    if is_hf(source):
         raise InputError(f"{source}: a checkpoint of transformers; add --from-hf to read it")
     if (source / TRAINING).exists() or (source / OPTIMIZER).exists():
         return TrainingState.load(source), True
     return TrainingState(load(source)), False
-
-
-def _hf_hash(source: Path) -> str:
-    """As `content_hash`, for a folder of transformers, whose weights may be in several files."""
-    digest = hashlib.sha256(json.dumps(read_config(source), sort_keys=True).encode())
-    for path in sorted(source.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _table(report: Sequence[SiteReport], method: str) -> Table:

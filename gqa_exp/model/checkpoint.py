@@ -178,15 +178,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def content_hash(folder: Path) -> str:
-    """Hash of what a checkpoint folder says: its geometry, weights, optimizer slots and training position."""
+    """Hash of what a checkpoint folder says: its geometry, weights, optimizer slots and training position.
+
+    Raises:
+        InputError: the folder or a file of it is missing.
+    """
     digest = hashlib.sha256()
     digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
-    for name in (WEIGHTS, OPTIMIZER, TRAINING):
-        path = folder / name
+    files = _hf_files(folder) if is_hf(folder) else [folder / name for name in (WEIGHTS, OPTIMIZER, TRAINING)]
+    for path in files:
         if path.exists():
-            digest.update(name.encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(path.name.encode())
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a checkpoint folder is one of transformers.
+
+    Raises:
+        InputError: the folder or its configuration is missing.
+    """
+    record = read_config(folder)
+    return "model_type" in record and "format" not in record
+
+
+def load_any(folder: Path, dtype: torch.dtype = torch.float32) -> T5:
+    """A checkpoint folder of ours or of transformers; see `load` and `load_hf`."""
+    return load_hf(folder, dtype) if is_hf(folder) else load(folder, dtype)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -18,19 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gqa_exp.config import ModelConfig, kv_heads_per_layer
+from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
 
 RECOMPILE_LIMIT = 128
 """Compiled versions of a layer, or of a decode step, that a process may hold."""
 GATED = "gated-"
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gated-gelu": functools.partial(F.gelu, approximate="tanh"),
-    "gated-silu": F.silu,
-    "relu": F.relu,
-}
-"""Feed-forward networks by transformers' names for them: of T5.1.1, Flan-T5 and mT5; of UL2; of T5 1.0."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = dict(
+    zip(FEED_FORWARDS, (functools.partial(F.gelu, approximate="tanh"), F.silu, F.relu), strict=True)
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gqa_exp.config import Config
 from gqa_exp.evaluation.evaluate import pad
-from gqa_exp.model.checkpoint import load
+from gqa_exp.model.checkpoint import load, load_any
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.point import new_result, results_folder, store_of
 from gqa_exp.pipeline.stages import Pipeline
@@ -67,7 +67,7 @@ def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any
         "version": TIME_VERSION,
         "hardware": hardware_id(config.timing.device),
         "timing": vars(config.timing),
-        "model": {name: value for name, value in vars(config.model).items() if name != "base"},
+        "model": {name: value for name, value in vars(config.model).items() if name not in ("base", "steps")},
         "architectures": {label: owner.kv_heads for label, owner in owners.items()},
     }
     path = results_folder(config) / "times" / f"{key_of(facts)}.json"
@@ -77,7 +77,7 @@ def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any
         return record
     models = {label: load(owner.store.folder(owner.finetune_stage)) for label, owner in owners.items()}
     if REFERENCE not in models:  # a single point: MHA is the base itself
-        models[REFERENCE] = load(next(iter(owners.values())).base)
+        models[REFERENCE] = load_any(next(iter(owners.values())).base)
     logger.info("timing %s, interleaved", ", ".join(models))
     natural = {label: _natural_inputs(owner) for label, owner in owners.items()}
     report = time_variants(models, config.timing, reference=REFERENCE, natural=natural, progress=logger.info)

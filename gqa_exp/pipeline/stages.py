@@ -20,11 +20,12 @@ from lightning.pytorch.loggers import Logger
 
 from gqa_exp.config import TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
 from gqa_exp.data.tasks import baseline_predictions, task_hash
+from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import Scores, bootstrap_interval, score
 from gqa_exp.model import T5, conversion_report
-from gqa_exp.model.checkpoint import TRAINING, content_hash, load, read_config
+from gqa_exp.model.checkpoint import TRAINING, content_hash, hf_folder, is_hf, load, load_hf
 from gqa_exp.pipeline.store import Stage, Store, key_of
 from gqa_exp.results import baseline_column
 from gqa_exp.training.conversion import convert_state
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = 1
 EVALUATE_VERSION = 3
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+VOCABULARY_ROUNDED_TO = 128
+"""Models round the vocabulary of their tokenizer up to a multiple of it, as T5 32,100 to 32,128."""
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
     "pretrain": tuple(spec.name for spec in dataclasses.fields(PretrainConfig)),
@@ -50,10 +53,10 @@ def base_folder(config: Config) -> Path:
     """The base checkpoint of a configured model: the given one, or the one shipped.
 
     Raises:
-        InputError: none is shipped for this model.
+        InputError: none is shipped for this model; or it is a hub id, and the hub cannot be reached.
     """
     if config.model.base is not None:
-        return Path(config.model.base)
+        return hf_folder(config.model.base)
     folder = SHIPPED / config.model.name
     if not folder.is_dir():
         raise InputError(
@@ -77,6 +80,7 @@ class Pipeline:
 
     def __init__(self, config: Config, store: Store, trackers: Sequence[Logger] = ()) -> None:
         self.base = base_folder(config)
+        self.config = config
         self.config = self._with_recipe_of_the_base(config)
         self.store = store
         self.trackers = trackers
@@ -86,8 +90,23 @@ class Pipeline:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the embedded text."""
-        return default_tokenizer()
+        """The tokenizer of the base: the one in its folder, else that of the embedded text.
+
+        Raises:
+            InputError: it has more ids than the model, or so few that it must belong to another.
+        """
+        own = any((self.base / name).is_file() for name in TOKENIZER_FILES)
+        tokenizer = Tokenizer(self.base) if own else default_tokenizer()
+        vocabulary = self.config.model.vocab_size
+        if not 0 <= vocabulary - tokenizer.vocab_size < VOCABULARY_ROUNDED_TO:
+            which = (
+                "its tokenizer" if own else f"no tokenizer ({' or '.join(TOKENIZER_FILES)}), and the embedded text's"
+            )
+            raise InputError(
+                f"{self.base}: {which} has {tokenizer.vocab_size} ids, which does not fit a model of {vocabulary}; put "
+                "the tokenizer that the checkpoint was trained with into its folder"
+            )
+        return tokenizer
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
@@ -99,7 +118,14 @@ class Pipeline:
     @cached_property
     def base_record(self) -> dict[str, Any]:
         """The base's training record: its step, and what `gqa-pretrain` wrote of its recipe."""
-        read_config(self.base)  # says what is wrong with a folder that is no checkpoint
+        if is_hf(self.base):
+            steps = self.config.model.steps
+            if steps is None and self.config.proportion:
+                raise InputError(
+                    f"{self.base}: a checkpoint of transformers does not say how many steps it was trained for, and "
+                    "proportion is a share of them; give model.steps (T5.1.1: 1000000)"
+                )
+            return {"step": steps or 0}
         path = self.base / TRAINING
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -218,7 +244,8 @@ class Pipeline:
         return self.store.obtain(stage, compute)
 
     def _convert(self, folder: Path) -> dict[str, Any]:
-        base = TrainingState.load(self.base)
+        step = self.base_step
+        base = TrainingState(load_hf(self.base), step=step) if is_hf(self.base) else TrainingState.load(self.base)
         self._check_geometry(base.model)
         config = self.config
         state = convert_state(base, self.kv_heads, config.method, config.seed, config.convert.optimizer_slots)
@@ -237,6 +264,8 @@ class Pipeline:
             "num_encoder_layers",
             "num_decoder_layers",
             "vocab_size",
+            "feed_forward",
+            "tied_embeddings",
         ):
             if found[name] != wanted[name]:
                 raise InputError(

@@ -228,6 +228,7 @@ def read_model_config(name: str, folder: Path = MODELS) -> ModelConfig:
         raise InputError(f'model "{name}" is unknown; {suggest(name, known)}')
     fields: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     fields.pop("defaults", None)  # Hydra's, not ours
+    fields = fields.get("model", fields)  # beside other groups' fields where a model brings its recipe
     try:
         model = ModelConfig(**fields)
     except TypeError as error:

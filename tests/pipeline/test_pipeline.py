@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from gqa_exp.config import Config, CorpusConfig, PretrainConfig
+from gqa_exp.data.embedded import TOKENIZER
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import score
+from gqa_exp.model import T5, T5Config
+from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.pipeline import stages
 from gqa_exp.pipeline.closing import close
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.point import results_folder, run_point, store_of
 from gqa_exp.pipeline.stages import Pipeline
 from gqa_exp.pipeline.store import Stage, Store, key_of
-from gqa_exp.results import read_examples, read_results
+from gqa_exp.results import Result, read_examples, read_results
 from gqa_exp.training import loop
 from gqa_exp.training.loop import Diverged
+from gqa_exp.training.state import TrainingState
 
 Make = Callable[..., Config]
 
@@ -168,6 +173,41 @@ def test_interrupted_stage_leaves_the_store_whole(tmp_path: Path) -> None:
     store.obtain(stage, lambda folder: pytest.fail("computed twice"))
     with pytest.raises(Diverged):
         store.obtain(Stage("uptrain", "d", {}), lambda folder: (_ for _ in ()).throw(Diverged("uptrain", 7)))
+
+
+def test_a_base_of_transformers_gives_what_the_same_weights_of_ours_give(make_config: Make, tmp_path: Path) -> None:
+    def score_from(base: Path) -> Result:
+        config = make_config(num_kv_heads=1, proportion=0.1, output=str(tmp_path / f"runs of {base.name}"))
+        config.model.base, config.model.steps = str(base), 20
+        return run_point(config, Plan([config], store_of(config)))
+
+    trained = TrainingState.load(Path(make_config().model.base or ""))
+    TrainingState(trained.model, step=20).save(tmp_path / "ours")
+    save_hf(trained.model, tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        shutil.copyfile(TOKENIZER, tmp_path / folder / "spiece.model")
+    ours, theirs = score_from(tmp_path / "ours"), score_from(tmp_path / "theirs")
+    assert theirs.status == "done"
+    assert theirs.training["uptrain_steps"] == 2
+    assert theirs.training["finetune_loss"] == ours.training["finetune_loss"]
+    assert theirs.metrics == ours.metrics
+    assert theirs.stages["base"] != ours.stages["base"]
+
+
+def test_what_a_base_of_transformers_does_not_say_is_asked_for(make_config: Make, tmp_path: Path) -> None:
+    config = make_config()
+    save_hf(T5(T5Config.from_model_config(config.model)), tmp_path / "theirs")
+    config.model.base = str(tmp_path / "theirs")
+    with pytest.raises(InputError, match=r"how many steps .* give model.steps"):
+        pipeline(config)
+    config.model.steps = 20
+    config.model.vocab_size = 32128
+    with pytest.raises(InputError, match=r"no tokenizer .* has 8192 ids, which does not fit a model of 32128"):
+        _ = pipeline(config).tokenizer
+    config.model.vocab_size = 8100
+    shutil.copyfile(TOKENIZER, tmp_path / "theirs" / "spiece.model")
+    with pytest.raises(InputError, match=r"its tokenizer has 8192 ids, which does not fit a model of 8100"):
+        _ = pipeline(config).tokenizer
 
 
 def test_base_of_another_geometry_or_missing(make_config: Make, tmp_path: Path) -> None:
