@@ -178,6 +178,14 @@ class TrainerConfig:
     """bf16-mixed: float32 weights, bfloat16 matrix products; auto: that where the device computes bfloat16."""
     compile: bool = True
     """torch.compile the layers; eager where there is no C++ compiler."""
+    micro_batch_tokens: int | None = None
+    """Input and target tokens, padding included, that a device computes at a time: of larger batches the gradients of
+    parts add up. Null: a whole batch."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer, and compute the others again in the backward pass: a third more time for far less
+    memory."""
+    spike: float = bounded(3.0, 0.0)
+    """Nats: training has diverged when the mean loss since the last progress line is so far above the lowest one."""
     threads: int | None = None
     """CPU threads; null: all physical cores."""
     deterministic: bool = False
@@ -379,6 +387,8 @@ def check(config: Config) -> None:
         raise InputError(
             f"task.data_dir={task.data_dir} has no meaning for task {task.name}; it is for public data sets"
         )
+    if config.trainer.micro_batch_tokens is not None and config.trainer.micro_batch_tokens < 1:
+        raise InputError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be 1 or more, or null")
     if config.corpus.name == CUSTOM and not config.corpus.files:
         raise InputError(f"corpus.files is empty; corpus={CUSTOM} needs text files, one document each")
     if task.name != CUSTOM and any(files.values()):

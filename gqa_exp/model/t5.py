@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
@@ -235,6 +236,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(0.0)
+        self.checkpointing = False
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
         """Embedded inputs (B, S, D) to encoded states (B, S, D); `mask` is additive, (B, 1, 1, S)."""
@@ -244,7 +246,7 @@ class Encoder(nn.Module):
             bias = bias + mask
         x_BSD = self.dropout(x_BSD)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, bias)
+            x_BSD = _run(layer, self.checkpointing and self.training, x_BSD, bias)
         return self.dropout(self.final_norm(x_BSD))  # type: ignore[no-any-return]
 
 
@@ -259,6 +261,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, kv_heads) for kv_heads in config.kv_heads)
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(0.0)
+        self.checkpointing = False
 
     def forward(self, x_BTD: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
         """Embedded targets (B, T, D), teacher-forced, to states (B, T, D)."""
@@ -268,8 +271,14 @@ class Decoder(nn.Module):
         bias = bias.masked_fill(future, torch.finfo(bias.dtype).min)
         x_BTD = self.dropout(x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, bias, encoded_BSD, cross_mask)
+            x_BTD = _run(layer, self.checkpointing and self.training, x_BTD, bias, encoded_BSD, cross_mask)
         return self.dropout(self.final_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+def _run(layer: nn.Module, checkpointing: bool, *inputs: Tensor | None) -> Tensor:
+    """A layer's output; with checkpointing its inner activations are not kept, but computed again for the gradient."""
+    output: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if checkpointing else layer(*inputs)
+    return output
 
 
 class T5(nn.Module):
@@ -309,6 +318,10 @@ class T5(nn.Module):
                 module.p = probability
             elif isinstance(module, GroupedAttention):
                 module.dropout = probability
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether training keeps one activation per layer only, and computes the others again."""
+        self.encoder.checkpointing = self.decoder.checkpointing = on
 
     def compile_layers(self) -> None:
         """torch.compile each layer: layers of a stack share one compiled function, so compiling stays short.

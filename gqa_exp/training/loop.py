@@ -11,13 +11,16 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -34,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Diverged(Exception):  # noqa: N818  an outcome, not an error
-    """The loss became NaN or infinite. An outcome to be recorded, not a crash (paper, appendix A)."""
+    """The loss became NaN or infinite, or rose far. An outcome to be recorded, not a crash (paper, appendix A)."""
 
     def __init__(self, stage: str, step: int) -> None:
-        super().__init__(f"{stage}: loss is not finite at step {step}")
+        super().__init__(f"{stage}: loss is not finite or far above its lowest at step {step}")
         self.step = step
 
 
@@ -68,32 +71,48 @@ def step_seed(seed: int, stage: str, step: int) -> int:
 
 
 class _StepBatches(IterableDataset[Batch]):
-    """The batches of a range of steps; a rank of a distributed run takes its share of each batch's rows."""
+    """The batches of a range of steps; a rank of a distributed run takes its share of each batch's rows.
 
-    def __init__(self, batch: Callable[[int], Batch], start: int, stop: int) -> None:
-        self.batch, self.start, self.stop = batch, start, stop
+    A rank without a share, where a batch has fewer rows than there are ranks, gets a row whose labels do not count.
+    """
+
+    def __init__(self, batch: Callable[[int], Batch], start: int, stop: int, pad_id: int) -> None:
+        self.batch, self.start, self.stop, self.pad_id = batch, start, stop, pad_id
 
     def __iter__(self) -> Iterator[Batch]:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
         for step in range(self.start, self.stop):
-            yield {name: tensor[rank::world] for name, tensor in self.batch(step).items()}
+            whole = self.batch(step)
+            share = {name: tensor[rank::world] for name, tensor in whole.items()}
+            if not len(share["labels"]):
+                share = {name: tensor[:1] for name, tensor in whole.items()}
+                share["labels"] = torch.full_like(share["labels"], self.pad_id)
+            yield share
 
 
 class TextToText(L.LightningModule):
-    """Teacher-forced training of a T5 with Adafactor."""
+    """Teacher-forced training of a T5 with Adafactor.
 
-    def __init__(self, state: TrainingState, recipe: Recipe) -> None:
+    The loss of a step is the mean over all target tokens of its batch, on however many ranks and in however many parts
+    the batch is computed.
+    """
+
+    def __init__(self, state: TrainingState, recipe: Recipe, micro_batch_tokens: int | None = None) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = state.model
         self.state = state
         self.recipe = recipe
+        self.micro_batch_tokens = micro_batch_tokens
         self.start = state.step
         self.nll = torch.zeros(())
         """Cross-entropy of the last step, on the device."""
-        self.tokens = 0
-        """Input and target tokens since the last report, padding not counted."""
+        self.nll_sum = torch.zeros(())
+        """Of the steps since the last report."""
+        self.tokens = torch.zeros((), dtype=torch.long)
+        """Input and target tokens of this rank since the last report, padding not counted; on the device."""
 
     @property
     def step(self) -> int:
@@ -110,16 +129,51 @@ class TextToText(L.LightningModule):
         """Set the learning rate and the random numbers of this step."""
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
-        torch.manual_seed(step_seed(self.recipe.seed, self.recipe.stage, self.step))
+        stage = self.recipe.stage if self.global_rank == 0 else f"{self.recipe.stage}/rank {self.global_rank}"
+        torch.manual_seed(step_seed(self.recipe.seed, stage, self.step))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimizer step on one batch, or on this rank's share of it."""
         pad_id = self.model.config.pad_id
-        input_ids, labels = batch["input_ids"], batch["labels"]
-        logits_BTV = self.model(input_ids, self.model.shift_right(labels), batch.get("attention_mask"))
-        loss, self.nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
-        self.tokens += int((input_ids != pad_id).sum() + (labels != pad_id).sum())
-        return loss
+        counted = (batch["labels"] != pad_id).sum()
+        total = self._over_ranks(counted).clamp(min=1)
+        nll = torch.zeros((), device=self.device)
+        parts = self._parts(batch)
+        for number, part in enumerate(parts, 1):
+            labels = part["labels"]
+            share = (labels != pad_id).sum() / total
+            with nullcontext() if number == len(parts) else self._without_gradient_exchange():
+                logits_BTV = self.model(part["input_ids"], self.model.shift_right(labels), part.get("attention_mask"))
+                loss, part_nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
+                self.manual_backward(loss * (share * self.trainer.world_size))  # ranks' gradients are averaged
+            nll += part_nll * share
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.nll = self._over_ranks(nll)
+        self.nll_sum = self.nll_sum.to(self.device) + self.nll
+        self.tokens = self.tokens.to(self.device) + (batch["input_ids"] != pad_id).sum() + counted
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch in parts of at most `micro_batch_tokens` padded tokens, or of one row where that has more."""
+        if self.micro_batch_tokens is None:
+            return [batch]
+        rows = max(1, self.micro_batch_tokens // (batch["input_ids"].shape[1] + batch["labels"].shape[1]))
+        split = {name: torch.split(tensor, rows) for name, tensor in batch.items()}
+        return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a scalar over all ranks."""
+        if self.trainer.world_size > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+        return value
+
+    def _without_gradient_exchange(self) -> AbstractContextManager[None]:
+        """Spares the exchange of gradients between ranks in all but the last part of a step, where it can be spared."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def capture(self) -> TrainingState:
         """The present state, to be saved or continued."""
@@ -168,10 +222,13 @@ class _Watch(L.Callback):
     def _report(self, trainer: L.Trainer, module: TextToText) -> None:
         recipe, step, record = module.recipe, module.step, module.state.record
         loss, now = float(module.nll), time.perf_counter()
-        if not math.isfinite(loss):
-            raise Diverged(recipe.stage, step)
         seconds, steps = now - self.reported, step - self.reported_step
-        tokens = module.tokens * trainer.world_size  # ranks share each batch's rows evenly
+        mean = float(module.nll_sum) / max(steps, 1)
+        lowest = min(record.get("lowest_loss", math.inf), mean)
+        if not math.isfinite(loss) or mean > lowest + self.config.spike:
+            raise Diverged(recipe.stage, step)
+        record["lowest_loss"] = lowest
+        tokens = int(module.tokens) * trainer.world_size  # ranks share each batch's rows evenly
         record["tokens"] = record.get("tokens", 0) + tokens
         record["seconds"] = record.get("seconds", 0.0) + seconds
         record["loss"] = loss
@@ -185,7 +242,8 @@ class _Watch(L.Callback):
         values = {f"{recipe.stage}/loss": loss, f"{recipe.stage}/tokens_per_second": rate}
         for tracker in trainer.loggers:
             tracker.log_metrics({**values, f"{recipe.stage}/step": step})
-        module.tokens, self.reported, self.reported_step = 0, now, step
+        self.reported, self.reported_step = now, step
+        module.tokens, module.nll_sum = torch.zeros_like(module.tokens), torch.zeros_like(module.nll_sum)
 
 
 def clock(seconds: float) -> str:
@@ -216,7 +274,7 @@ def train(
         The state after the last step.
 
     Raises:
-        Diverged: the loss is not finite.
+        Diverged: the loss is not finite, or rose by `config.spike` above its lowest mean between two reports.
         KeyboardInterrupt: Ctrl-C; the states kept so far stay.
     """
     if state.step >= recipe.stop:
@@ -226,7 +284,8 @@ def train(
     if config.compile and can_compile(config.accelerator):
         state.model.compile_layers()
     torch.use_deterministic_algorithms(config.deterministic)
-    module = TextToText(state, recipe)
+    state.model.set_checkpointing(config.gradient_checkpointing)
+    module = TextToText(state, recipe, config.micro_batch_tokens)
     with training_allowed(), warnings.catch_warnings():
         # One worker is enough: batches are cheap and the loop is the process's own.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -245,7 +304,7 @@ def train(
             log_every_n_steps=1_000_000_000,  # the callback logs
             use_distributed_sampler=False,
         )
-        batches = _StepBatches(recipe.batch, state.step, recipe.stop)
+        batches = _StepBatches(recipe.batch, state.step, recipe.stop, state.model.config.pad_id)
         try:
             trainer.fit(module, DataLoader(batches, batch_size=None))
         except SystemExit:

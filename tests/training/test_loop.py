@@ -224,9 +224,47 @@ def test_ctrl_c_leaves_the_last_state(tmp_path, at):
 
 
 def test_divergence_names_the_step():
-    with pytest.raises(Diverged, match="uptrain: loss is not finite at step 4") as raised:
+    with pytest.raises(Diverged, match="uptrain: loss is not finite or far above its lowest at step 4") as raised:
         run(fresh(), learning_rate=lambda step: math.nan if step == 2 else rate(step))
     assert raised.value.step == 4  # the third step spoilt the weights, the fourth one's loss shows it
+
+
+def test_a_loss_that_rises_far_is_a_divergence():
+    with pytest.raises(Diverged) as raised:
+        run(fresh(), config=replace(CONFIG, spike=2.0), learning_rate=lambda step: 0.01 if step < 4 else 20.0, stop=30)
+    assert 4 < raised.value.step < 30
+    run(fresh(), config=replace(CONFIG, spike=2.0), stop=30)  # it goes up and down by less
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 26, 1000])
+def test_a_batch_in_parts_trains_as_a_whole_one(tokens):
+    """The parts hold 1, 1, 2, or all 3 rows of 13 tokens, of which different shares are padding."""
+    whole = run(fresh(), z_loss=0.01)
+    parts = run(fresh(), config=replace(CONFIG, micro_batch_tokens=tokens), z_loss=0.01)
+    assert parts.record["tokens"] == whole.record["tokens"]
+    for (step, ours), (_, theirs) in zip(parts.record["curve"], whole.record["curve"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-4), step
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_changes_memory_alone():
+    """Dropout included: what is computed again draws the same numbers."""
+    plain = run(fresh(), dropout=0.1)
+    assert_same(run(fresh(), config=replace(CONFIG, gradient_checkpointing=True), dropout=0.1), plain)
+
+
+def test_checkpointing_keeps_one_activation_per_layer():
+    kept = {}
+    for on in (False, True):
+        model = fresh(num_encoder_layers=3).model.train()
+        model.set_checkpointing(on)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            given = batch(0)
+            model(given["input_ids"], given["labels"], given["attention_mask"]).sum()
+        kept[on] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
 
 
 def test_divergence_is_seen_at_the_end_at_the_latest():

@@ -1,0 +1,45 @@
+"""Several processes train as one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gqa_exp.training.state import TrainingState
+
+SCRIPT = Path(__file__).with_name("parallel.py")
+
+
+def run(folder: Path, strategy: str, devices: int) -> tuple[list[list[float]], TrainingState]:
+    words = [sys.executable, str(SCRIPT), str(folder), strategy, str(devices)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((folder / f"{strategy}.json").read_text())
+    assert record["ranks"] == devices
+    return record["curve"], TrainingState.load(folder / strategy)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[float]], TrainingState]:
+    return run(tmp_path_factory.mktemp("alone"), "auto", 1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_two_processes_follow_the_curve_of_one(
+    strategy: str, alone: tuple[list[list[float]], TrainingState], tmp_path: Path
+) -> None:
+    expected, of_one = alone
+    found, of_two = run(tmp_path, strategy, 2)
+    assert [step for step, _ in found] == list(range(1, 51))
+    assert expected[0][1] - expected[-1][1] > 0.5, "the run must learn something"
+    apart = max(abs(ours - theirs) for (_, ours), (_, theirs) in zip(found, expected, strict=True))
+    print(f"{strategy}: largest difference of the loss over 50 steps {apart:.1e}")
+    assert apart < 1e-3
+    for name, weight in of_one.model.state_dict().items():
+        torch.testing.assert_close(of_two.model.state_dict()[name], weight, rtol=1e-2, atol=1e-3, msg=name)
+    assert of_two.slots.keys() == of_one.slots.keys()
+    weights = [torch.cat([w.flatten() for w in state.model.state_dict().values()]) for state in (of_one, of_two)]
+    assert not torch.equal(*weights), "the same order of sums, so the same process"
