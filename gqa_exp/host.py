@@ -10,8 +10,10 @@ import sys
 
 import psutil
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
-from gqa_exp.config import Config
+from gqa_exp.config import Config, TrainerConfig
+from gqa_exp.errors import InputError
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -37,6 +39,31 @@ def prepare(threads: int | None) -> None:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, min(psutil.cpu_count(logical=False) or usable, usable)))
     keep_freed_memory()
+
+
+def first_process() -> bool:
+    """Whether this is the only process of a run, or rank 0 of several: the one that writes, and speaks for all."""
+    rank: int | None = getattr(rank_zero_only, "rank", None)
+    return not rank
+
+
+def device_of(accelerator: str) -> str:
+    """The device that an accelerator setting ("cpu", "gpu" or "auto") means here: "cpu" or "cuda"."""
+    return "cuda" if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def check_launch(config: TrainerConfig) -> None:
+    """Check that a run on several devices was started as several processes.
+
+    Raises:
+        InputError: it was not; says how.
+    """
+    wanted, started = config.devices * config.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > 1 and started != wanted and "SLURM_NTASKS" not in os.environ:
+        raise InputError(
+            f"trainer.devices={config.devices} on {config.num_nodes} node(s) needs {wanted} processes, not {started}; "
+            f"start them by torchrun --nproc-per-node {config.devices} -m gqa_exp.run ... (with --nnodes), or by srun"
+        )
 
 
 def can_compile(accelerator: str) -> bool:
@@ -80,8 +107,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 def resolve_number_formats(config: Config) -> None:
     """Replace every "auto" number format by this host's, in place: keys and results then hold what was really used."""
-    accelerator = config.trainer.accelerator
-    device = "cuda" if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()) else "cpu"
+    device = device_of(config.trainer.accelerator)
     if config.trainer.precision == "auto":
         config.trainer.precision = "bf16-mixed" if resolve_dtype("auto", device) == "bfloat16" else "32-true"
     config.evaluation.dtype = resolve_dtype(config.evaluation.dtype, device)

@@ -12,8 +12,8 @@ from gqa_exp.cli import run_hydra
 from gqa_exp.config import Config
 from gqa_exp.data.tokenizer import default_tokenizer
 from gqa_exp.errors import InputError, command
-from gqa_exp.host import prepare
-from gqa_exp.pipeline.tracking import first_process, tracking
+from gqa_exp.host import check_launch, first_process, prepare
+from gqa_exp.pipeline.tracking import tracking
 from gqa_exp.training.pretrain import pretrain_base
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ def pretrain(config: Config) -> None:
         raise InputError(
             f"num_kv_heads={config.num_kv_heads}: a base is multi-head; pre-train it, then use gqa-convert"
         )
+    check_launch(config.trainer)
     prepare(config.trainer.threads)
     work = Path(config.output) / "pretrain" / config.model.name
     export = work / "base"

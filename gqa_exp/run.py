@@ -12,7 +12,7 @@ from analysis.report import write_report
 from gqa_exp.cli import run_hydra, sweep_points
 from gqa_exp.config import Config
 from gqa_exp.errors import command
-from gqa_exp.host import prepare
+from gqa_exp.host import check_launch, first_process, prepare
 from gqa_exp.pipeline.closing import close
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.point import results_folder, run_point, store_of
@@ -31,7 +31,10 @@ def run(config: Config) -> None:
     Raises:
         InputError: bad input.
     """
+    check_launch(config.trainer)
     prepare(config.trainer.threads)
+    if not first_process():
+        logging.getLogger("gqa_exp").setLevel(logging.WARNING)
     for name in ("httpx", "datasets", "fontTools", "absl", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -46,6 +49,8 @@ def run(config: Config) -> None:
 
 
 def _close(points: list[Config], plan: Plan) -> None:
+    if not first_process():
+        return
     close(points, plan)
     results = results_folder(points[0])
     plot = write_report(results, results / "report")

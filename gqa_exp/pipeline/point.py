@@ -12,6 +12,7 @@ import pandas as pd
 
 from gqa_exp.config import Config
 from gqa_exp.errors import InputError, one_line
+from gqa_exp.host import first_process
 from gqa_exp.model import T5Config
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.stages import EXAMPLES, SCORES, Pipeline
@@ -99,6 +100,8 @@ def run_point(config: Config, plan: Plan) -> Result:
             for stage in pipeline.stages():
                 with plan.stage(stage):
                     pipeline.obtain(stage)
+            if not first_process():
+                return result
             _add_outcome(result, pipeline)
             result.status, result.ended = "done", _now()
         except Diverged as diverged:
@@ -110,7 +113,7 @@ def run_point(config: Config, plan: Plan) -> Result:
             result.error = one_line("".join(traceback.format_exception_only(error)))
             raise
         finally:
-            if result.ended or result.error is not None:
+            if first_process() and (result.ended or result.error is not None):
                 result.ended = result.ended or _now()
                 write_result(results_folder(config), result)
                 tracker.finish(result)

@@ -24,6 +24,7 @@ from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import Scores, bootstrap_interval, score
+from gqa_exp.host import device_of
 from gqa_exp.model import T5, conversion_report
 from gqa_exp.model.checkpoint import TRAINING, content_hash, hf_folder, is_hf, load, load_hf
 from gqa_exp.pipeline.store import Stage, Store, key_of
@@ -241,7 +242,7 @@ class Pipeline:
             "finetune": self._finetune,
             "evaluate": self._evaluate,
         }[stage.name]
-        return self.store.obtain(stage, compute)
+        return self.store.obtain(stage, compute, together=stage.name in ("uptrain", "finetune"))
 
     def _convert(self, folder: Path) -> dict[str, Any]:
         step = self.base_step
@@ -311,7 +312,8 @@ class Pipeline:
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         config, metric = self.config, self.config.task.metric
-        model = generation_model(load(self.obtain(self.finetune_stage)), config)
+        model = load(self.obtain(self.finetune_stage)).to(device_of(config.trainer.accelerator))
+        model = generation_model(model, config)
         split = read_split(config, config.evaluation.split, self.tokenizer, config.evaluation.max_examples)
         label = f"evaluate {self.label} {config.proportion:g} {config.task.name}"
         evaluation = evaluate_split(model, config, split, self.tokenizer, progress=label)

@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from gqa_exp.errors import InputError
+from gqa_exp.host import first_process
 from gqa_exp.timing.environment import environment
 from gqa_exp.training.loop import Diverged
 
@@ -89,24 +92,41 @@ class Store:
         record: dict[str, Any] = json.loads((self.folder(stage) / STAGE_FILE).read_text(encoding="utf-8"))
         return record
 
-    def obtain(self, stage: Stage, compute: Callable[[Path], dict[str, Any]]) -> Path:
+    def obtain(self, stage: Stage, compute: Callable[[Path], dict[str, Any]], together: bool = False) -> Path:
         """The stage's folder, computed by `compute(folder)` unless the store holds it.
+
+        Of the ranks of one run only the first locks and writes; the others wait for what it leaves.
 
         Args:
             stage: which.
             compute: writes the output into the folder it is given; what it returns is kept in the record.
+            together: all ranks take part in the computation.
 
         Raises:
             Diverged: the stage diverged, now or when it was computed.
         """
         folder = self.folder(stage)
+        if not first_process():
+            self._follow(stage, compute, together)
+            return self._outcome(stage)
         with FileLock(self.root / "locks" / f"{stage.name}-{stage.key}.lock"):
             if not self.holds(stage):
                 self._compute(stage, folder, compute)
+        return self._outcome(stage)
+
+    def _outcome(self, stage: Stage) -> Path:
         outcome = self.record(stage)["outcome"]
         if "diverged_at_step" in outcome:
             raise Diverged(stage.name, outcome["diverged_at_step"])
-        return folder
+        return self.folder(stage)
+
+    def _follow(self, stage: Stage, compute: Callable[[Path], dict[str, Any]], together: bool) -> None:
+        """What a rank other than the first does: its part, and wait. If the first one fails, the launcher ends it."""
+        if together and not self.holds(stage):
+            with tempfile.TemporaryDirectory() as aside, suppress(Diverged):
+                compute(Path(aside))
+        while not self.holds(stage):
+            time.sleep(0.1)
 
     def _compute(self, stage: Stage, folder: Path, compute: Callable[[Path], dict[str, Any]]) -> None:
         aside = folder.with_name(f".{folder.name}.part")

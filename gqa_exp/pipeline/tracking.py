@@ -6,16 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from gqa_exp.config import Config
+from gqa_exp.host import first_process
 from gqa_exp.results import Result
-
-
-def first_process() -> bool:
-    """Whether this is the only process of a run, or Lightning's rank 0 of several: the one that speaks for all."""
-    rank: int | None = getattr(rank_zero_only, "rank", None)
-    return not rank
 
 
 class Tracker:

@@ -15,6 +15,7 @@ from gqa_exp.data.batching import EncodedTask, FinetuneBatches, encode_task
 from gqa_exp.data.tasks import TASKS, load_task
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.evaluation import Evaluation, evaluate_model
+from gqa_exp.host import first_process
 from gqa_exp.model import T5
 from gqa_exp.training.loop import Recipe, train
 from gqa_exp.training.state import TrainingState
@@ -92,7 +93,8 @@ def finetune(
         trackers: Lightning loggers.
 
     Returns:
-        The best checkpoint: its `record` holds best_score, best_step, tokens, seconds, loss and the curves.
+        The best checkpoint: its `record` holds best_score, best_step, tokens, seconds, loss and the curves. On ranks
+        other than the first: the last one.
     """
     settings = config.finetune
     best_folder = resume_folder.with_name(f"{resume_folder.name}-best")
@@ -136,9 +138,11 @@ def finetune(
         evaluate_every=settings.evaluate_every,
         evaluate=look_at_dev,
     )
-    if settings.steps == 0:
+    if settings.steps == 0 and first_process():
         look_at_dev(state)
     final = train(state, recipe, config.trainer, label=label, resume_folder=resume_folder, trackers=trackers)
+    if not first_process():  # the first one has looked at dev, and kept the best
+        return final
     best = TrainingState.load(best_folder)
     record = {
         **final.record,

@@ -33,6 +33,8 @@ from gqa_exp.training.loss import summed_nll, token_loss
 from gqa_exp.training.state import TrainingState
 
 Batch = dict[str, Tensor]
+STEPS_BETWEEN_AGREEMENTS = 10
+"""Several ranks ask the first one so often whether it is time to report, or to keep a state to resume from."""
 logger = logging.getLogger(__name__)
 
 
@@ -136,7 +138,7 @@ class TextToText(L.LightningModule):
         """One optimizer step on one batch, or on this rank's share of it."""
         pad_id = self.model.config.pad_id
         counted = (batch["labels"] != pad_id).sum()
-        total = self._over_ranks(counted).clamp(min=1)
+        total = self.over_ranks(counted).clamp(min=1)
         nll = torch.zeros((), device=self.device)
         parts = self._parts(batch)
         for number, part in enumerate(parts, 1):
@@ -151,7 +153,7 @@ class TextToText(L.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.step()
         optimizer.zero_grad()
-        self.nll = self._over_ranks(nll)
+        self.nll = self.over_ranks(nll)
         self.nll_sum = self.nll_sum.to(self.device) + self.nll
         self.tokens = self.tokens.to(self.device) + (batch["input_ids"] != pad_id).sum() + counted
 
@@ -163,7 +165,7 @@ class TextToText(L.LightningModule):
         split = {name: torch.split(tensor, rows) for name, tensor in batch.items()}
         return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
 
-    def _over_ranks(self, value: Tensor) -> Tensor:
+    def over_ranks(self, value: Tensor) -> Tensor:
         """The sum of a scalar over all ranks."""
         if self.trainer.world_size > 1:
             value = value.clone()
@@ -203,15 +205,23 @@ class _Watch(L.Callback):
         last = step == recipe.stop
         every = recipe.evaluate_every
         evaluate = recipe.evaluate is not None and every > 0 and (last or step % every == 0)
-        elapsed = time.perf_counter() - self.saved
-        due = self.folder is not None and not last and elapsed > 60 * self.config.checkpoint_minutes
+        now = time.perf_counter()
+        report = now - self.reported > self.config.report_seconds
+        due = self.folder is not None and not last and now - self.saved > 60 * self.config.checkpoint_minutes
+        if trainer.world_size > 1:  # clocks differ, and ranks must agree on what they do together
+            if step % STEPS_BETWEEN_AGREEMENTS == 0:
+                report, due = trainer.strategy.broadcast((report, due))
+            else:
+                report = due = False
         # A state is reported before it is saved: its record is then complete, and its loss known to be finite.
-        if last or evaluate or due or time.perf_counter() - self.reported > self.config.report_seconds:
+        if last or evaluate or due or report:
             self._report(trainer, pl_module)
         if evaluate:
             assert recipe.evaluate is not None
             before = time.perf_counter()
-            if recipe.evaluate(pl_module.capture()):
+            state = pl_module.capture()
+            stop = trainer.is_global_zero and recipe.evaluate(state)
+            if trainer.strategy.broadcast(stop):
                 trainer.should_stop = True
             pl_module.model.train()
             self.reported += time.perf_counter() - before
@@ -228,13 +238,17 @@ class _Watch(L.Callback):
         if not math.isfinite(loss) or mean > lowest + self.config.spike:
             raise Diverged(recipe.stage, step)
         record["lowest_loss"] = lowest
-        tokens = int(module.tokens) * trainer.world_size  # ranks share each batch's rows evenly
+        tokens = int(module.over_ranks(module.tokens))
         record["tokens"] = record.get("tokens", 0) + tokens
         record["seconds"] = record.get("seconds", 0.0) + seconds
         record["loss"] = loss
         record.setdefault("curve", []).append([step, round(loss, 4)])
         rate = tokens / seconds
         left = (recipe.stop - step) * seconds / max(steps, 1)
+        if not trainer.is_global_zero:
+            module.tokens, module.nll_sum = torch.zeros_like(module.tokens), torch.zeros_like(module.nll_sum)
+            self.reported, self.reported_step = now, step
+            return
         logger.info(
             "%s: step %d/%d, loss %.3f, %.0f tokens/s, %s left",
             self.label, step, recipe.stop, loss, rate, clock(left),

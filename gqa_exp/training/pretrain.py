@@ -26,6 +26,7 @@ from gqa_exp.data.corpus import (
 )
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.errors import InputError
+from gqa_exp.host import first_process
 from gqa_exp.model import T5, T5Config
 from gqa_exp.training.initialize import start_reading
 from gqa_exp.training.loop import Batch, Recipe, heldout_loss, step_seed, train
@@ -231,7 +232,10 @@ def pretrain_base(
     if state.step < recipe.stop:
         with trackers() as loggers:
             state = train(state, recipe, config.trainer, label="pretrain", resume_folder=resume, trackers=loggers)
-        state.save(resume)
+        if first_process():
+            state.save(resume)
+    if not first_process():  # the first one has the record
+        return state
     record = state.record
     if sets:
         record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)
