@@ -21,8 +21,10 @@ SCRIPT = Path(__file__).with_name("one_rank.py")
 
 def test_two_processes_compute_the_point_of_one(make_config: Callable[..., Config], tmp_path: Path) -> None:
     config = make_config(num_kv_heads=1, proportion=0.2)
+    config.finetune.dropout = 0.0  # each rank draws its own
     alone = run_point(config, Plan([config], store_of(config)))
     config = make_config(num_kv_heads=1, proportion=0.2, output=str(tmp_path / "together"))
+    config.finetune.dropout = 0.0
     config.trainer.strategy, config.trainer.devices = "ddp", 2
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
