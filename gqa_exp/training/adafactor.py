@@ -19,6 +19,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
 from gqa_exp.errors import InputError, suggest
@@ -42,30 +43,76 @@ def slot_shapes(shape: torch.Size, min_dim_size_to_factor: int = MIN_DIM_SIZE_TO
     return {"full": shape}
 
 
-def rms(x: Tensor) -> Tensor:
+class Shards:
+    """How a parameter lies on ranks: its rows divided between them, as torch's fully_shard does, or whole on each.
+
+    What the optimizer needs of a whole parameter are sums over its rows; everything else is done where the rows are.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self.mesh = param.device_mesh if isinstance(param, DTensor) else None
+        self.shape = param.shape
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's rows of the parameter, its gradient, or a slot that has a value per row."""
+        return x.to_local() if isinstance(x, DTensor) else x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a sum over their rows."""
+        if self.mesh is not None:
+            torch.distributed.all_reduce(x, group=self.mesh.get_group())
+        return x
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor that every rank has."""
+        return whole if self.mesh is None else distribute_tensor(whole, self.mesh, [Shard(0)]).to_local()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The whole of a tensor of which every rank has its rows; all ranks must ask for it."""
+        if self.mesh is None:
+            return rows
+        shape = torch.Size((self.shape[0], *rows.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, [Shard(0)], shape=shape, stride=stride).full_tensor()
+
+
+WHOLE = Shards(torch.empty(0))
+
+
+def rms(x: Tensor, shards: Shards = WHOLE) -> Tensor:
     """Root mean square of all elements, a scalar tensor; rows first, which keeps float32 sums of millions accurate."""
     row_norms = torch.linalg.vector_norm(x, dim=-1) if x.dim() > 1 else x
     norm: Tensor = torch.linalg.vector_norm(row_norms)
-    return norm / math.sqrt(x.numel())
+    if shards.mesh is None:
+        return norm / math.sqrt(x.numel())
+    return (shards.sum(norm.square()) / shards.shape.numel()).sqrt()
 
 
-def factored_update(grad: Tensor, row: Tensor, col: Tensor, *, decay: float, eps: float) -> Tensor:
+def factored_update(
+    grad: Tensor, row: Tensor, col: Tensor, *, decay: float, eps: float, shards: Shards = WHOLE
+) -> Tensor:
     """Advance factored second moments in place and return the gradient divided by their root (Algorithm 4).
 
     Args:
-        grad: (rows, columns), float32.
+        grad: (rows, columns), float32; this rank's rows.
         row: (rows,), running mean over the columns of grad^2 + eps; changed in place.
-        col: (columns,), running mean over the rows; changed in place.
+        col: (columns,), running mean over the rows, all ranks' together; changed in place.
         decay: weight of the old moments.
         eps: the paper's eps1.
+        shards: how the rows are divided between ranks.
 
     Returns:
         (rows, columns): grad / sqrt(row * col / mean(row)), not yet clipped.
     """
     squared = grad * grad
     row.lerp_(squared.mean(dim=1).add_(eps), 1.0 - decay)
-    col.lerp_(squared.mean(dim=0).add_(eps), 1.0 - decay)
-    row_factor = (row / row.mean()).rsqrt_()
+    if shards.mesh is None:
+        over_rows, mean = squared.mean(dim=0), None
+    else:
+        over_rows = shards.sum(squared.sum(dim=0)).div_(shards.shape[0])
+        mean = shards.sum(row.sum()).div_(shards.shape[0])
+    col.lerp_(over_rows.add_(eps), 1.0 - decay)
+    row_factor = (row / (row.mean() if mean is None else mean)).rsqrt_()
     return torch.mul(grad, row_factor.unsqueeze(1), out=squared).mul_(col.rsqrt())  # reuses the buffer of the squares
 
 
@@ -146,23 +193,25 @@ class Adafactor(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self.state[param]
+                state, shards = self.state[param], Shards(param)
+                own = shards.local(param)
                 if not state:
                     state["step"] = 0
                     for slot, shape in slot_shapes(param.shape, self.min_dim_size_to_factor).items():
-                        state[slot] = torch.zeros(shape, dtype=torch.float32, device=param.device)
+                        here = shape if slot == "col" else (len(own), *shape[1:])
+                        state[slot] = torch.zeros(here, dtype=torch.float32, device=param.device)
                 state["step"] += 1
                 decay = 1.0 - state["step"] ** -group["decay_exponent"]
-                grad, value = param.grad.float(), param.float()  # no copies where they are float32 already
+                grad, value = shards.local(param.grad).float(), own.float()  # no copies of what is float32 already
                 if "full" in state:
                     update = unfactored_update(grad, state["full"], decay=decay, eps=eps1)
                 else:
-                    update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1)
-                clip = (rms(update) / group["clip_threshold"]).clamp_(min=1.0)
-                size = rms(value).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
+                    update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1, shards=shards)
+                clip = (rms(update, shards) / group["clip_threshold"]).clamp_(min=1.0)
+                size = rms(value, shards).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
                 value.addcmul_(update, size, value=-1)
-                if value is not param:
-                    param.copy_(value)
+                if value is not own:
+                    own.copy_(value)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,16 +247,21 @@ def named_slots(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tens
         named_parameters: of the model that it trains, as from `model.named_parameters()`.
 
     Returns:
-        Copies, fit for safetensors: float32 moments, and steps as int64 scalars.
+        Copies, fit for safetensors: float32 moments, and steps as int64 scalars. Of parameters divided between ranks,
+        the whole on each; all ranks must ask for it.
 
     Raises:
         InputError: the optimizer holds a parameter that has no name here.
     """
-    return {
-        f"{name}.{slot}": value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
-        for name, param in _owned(optimizer, named_parameters).items()
-        for slot, value in optimizer.state.get(param, {}).items()
-    }
+    slots: dict[str, Tensor] = {}
+    for name, param in _owned(optimizer, named_parameters).items():
+        shards = Shards(param)
+        for slot, value in optimizer.state.get(param, {}).items():
+            if not isinstance(value, Tensor):
+                slots[f"{name}.{slot}"] = torch.tensor(value)
+            else:
+                slots[f"{name}.{slot}"] = (value if slot == "col" else shards.gather(value)).detach().clone()
+    return slots
 
 
 def load_named_slots(
@@ -226,10 +280,14 @@ def load_named_slots(
     min_size = optimizer.min_dim_size_to_factor
     states: dict[str, dict[str, Any]] = {}
     for name, found in _slots_by_parameter(slots, shapes, min_size).items():
-        states[name] = {
-            slot: int(value) if slot == "step" else value.detach().to(owned[name].device, torch.float32, copy=True)
-            for slot, value in found.items()
-        }
+        param, shards = owned[name], Shards(owned[name])
+        states[name] = {}
+        for slot, value in found.items():
+            if slot == "step":
+                states[name][slot] = int(value)
+            else:
+                moments = value.detach().to(param.device, torch.float32, copy=True)
+                states[name][slot] = moments if slot == "col" else shards.share(moments)
     for name, param in owned.items():
         optimizer.state.pop(param, None)
         if name in states:

@@ -5,6 +5,7 @@ What a step does is a function of the state before it, the batch of its number, 
 gives. Lightning moves, scales out and loops; the state is kept in our own checkpoint folders, without pickles.
 """
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -20,8 +21,10 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from gqa_exp.config import TrainerConfig
@@ -33,6 +36,8 @@ from gqa_exp.training.loss import summed_nll, token_loss
 from gqa_exp.training.state import TrainingState
 
 Batch = dict[str, Tensor]
+FSDP = "fsdp"
+"""The strategy that divides weights, gradients and optimizer slots between ranks (torch's fully_shard)."""
 STEPS_BETWEEN_AGREEMENTS = 10
 """Several ranks ask the first one so often whether it is time to report, or to keep a state to resume from."""
 logger = logging.getLogger(__name__)
@@ -109,6 +114,8 @@ class TextToText(L.LightningModule):
         self.recipe = recipe
         self.micro_batch_tokens = micro_batch_tokens
         self.start = state.step
+        self.sharded = False
+        """Whether ranks hold parts of the weights."""
         self.nll = torch.zeros(())
         """Cross-entropy of the last step, on the device."""
         self.nll_sum = torch.zeros(())
@@ -120,6 +127,15 @@ class TextToText(L.LightningModule):
     def step(self) -> int:
         """Optimizer steps done since the stage's clock began (for uptraining: the base's first step)."""
         return self.start + self.global_step
+
+    def configure_model(self) -> None:
+        """Divide the weights of each layer between ranks, where the strategy asks for it (torch's fully_shard)."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            for layer in (*self.model.encoder.layers, *self.model.decoder.layers):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+            self.sharded = True
 
     def configure_optimizers(self) -> Adafactor:
         """Adafactor with the slots that the state brings."""
@@ -144,7 +160,7 @@ class TextToText(L.LightningModule):
         for number, part in enumerate(parts, 1):
             labels = part["labels"]
             share = (labels != pad_id).sum() / total
-            with nullcontext() if number == len(parts) else self._without_gradient_exchange():
+            with self._gradient_exchange(number == len(parts)):
                 logits_BTV = self.model(part["input_ids"], self.model.shift_right(labels), part.get("attention_mask"))
                 loss, part_nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
                 self.manual_backward(loss * (share * self.trainer.world_size))  # ranks' gradients are averaged
@@ -172,18 +188,32 @@ class TextToText(L.LightningModule):
             torch.distributed.all_reduce(value)
         return value
 
-    def _without_gradient_exchange(self) -> AbstractContextManager[None]:
-        """Spares the exchange of gradients between ranks in all but the last part of a step, where it can be spared."""
+    def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients after the last part of a step alone, where the strategy leaves the choice."""
+        if self.sharded:
+            assert isinstance(self.model, FSDPModule)
+            self.model.set_requires_gradient_sync(wanted)
         strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+        return nullcontext() if wanted or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
 
     def capture(self) -> TrainingState:
-        """The present state, to be saved or continued."""
+        """The present state, to be saved or continued.
+
+        With weights divided between ranks all ranks must ask for it, and the first one gets them whole, on the CPU.
+        """
         optimizer = self.trainer.optimizers[0]
         assert isinstance(optimizer, Adafactor)
         self.state.slots = named_slots(optimizer, self.model.named_parameters())
         self.state.step = self.step
-        return self.state
+        if not self.sharded:
+            return self.state
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        model = self.model
+        if weights:
+            with torch.device("meta"):
+                model = T5(self.model.config)
+            model.load_state_dict(weights, assign=True)
+        return dataclasses.replace(self.state, model=model)
 
 
 class _Watch(L.Callback):
@@ -225,8 +255,10 @@ class _Watch(L.Callback):
                 trainer.should_stop = True
             pl_module.model.train()
             self.reported += time.perf_counter() - before
-        if due and self.folder is not None and trainer.is_global_zero:
-            pl_module.capture().save(self.folder)
+        if due and self.folder is not None:
+            state = pl_module.capture()
+            if trainer.is_global_zero:
+                state.save(self.folder)
             self.saved = time.perf_counter()
 
     def _report(self, trainer: L.Trainer, module: TextToText) -> None:
@@ -307,7 +339,9 @@ def train(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=ModelParallelStrategy(data_parallel_size=config.devices * config.num_nodes, tensor_parallel_size=1)
+            if config.strategy == FSDP
+            else config.strategy,
             precision=config.precision,  # type: ignore[arg-type]  # checked by our own configuration
             max_steps=recipe.stop - state.step,
             callbacks=[_Watch(label, resume_folder, config)],

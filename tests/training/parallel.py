@@ -11,6 +11,7 @@ import torch
 
 from gqa_exp.config import TrainerConfig
 from gqa_exp.model import T5, T5Config
+from gqa_exp.training import loop
 from gqa_exp.training.loop import Recipe, train
 from gqa_exp.training.state import TrainingState
 
@@ -35,6 +36,7 @@ def main() -> None:
     folder, strategy, devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    loop.STEPS_BETWEEN_AGREEMENTS = 1  # a report of every step
     config = TrainerConfig(
         strategy=strategy,
         devices=devices,

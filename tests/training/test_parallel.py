@@ -27,7 +27,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[float]], 
     return run(tmp_path_factory.mktemp("alone"), "auto", 1)
 
 
-@pytest.mark.parametrize("strategy", ["ddp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_follow_the_curve_of_one(
     strategy: str, alone: tuple[list[list[float]], TrainingState], tmp_path: Path
 ) -> None:
