@@ -69,6 +69,8 @@ class CorpusConfig:
     mean_span: float = bounded(3.0, 1.0, 100.0)
     files: list[str] = field(default_factory=list)
     """UTF-8 text files to use instead of the embedded text, one document per file."""
+    data_dir: str | None = None
+    """corpus=c4 only: folder of local files; null: from the hub."""
 
 
 @dataclass
@@ -130,6 +132,10 @@ class TaskConfig:
 
 PUBLIC_TASKS = ("cnn_dailymail", "arxiv", "pubmed", "mediasum", "multi_news", "wmt14_en_de", "triviaqa")
 """The paper's data sets (section 3.1)."""
+CORPUS_PATHS = ("name", "files", "data_dir")
+"""Fields that say where text lies; what counts is its content."""
+C4 = "c4"
+"""The corpus that is streamed."""
 CUSTOM = "custom"
 """The task, and the corpus, of the user's own files."""
 TASK_PATHS = ("data_dir", "train_files", "dev_files", "test_files")
@@ -389,6 +395,8 @@ def check(config: Config) -> None:
         )
     if config.trainer.micro_batch_tokens is not None and config.trainer.micro_batch_tokens < 1:
         raise InputError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be 1 or more, or null")
+    if config.corpus.data_dir is not None and config.corpus.name != C4:
+        raise InputError(f"corpus.data_dir={config.corpus.data_dir} has no meaning for corpus {config.corpus.name}")
     if config.corpus.name == CUSTOM and not config.corpus.files:
         raise InputError(f"corpus.files is empty; corpus={CUSTOM} needs text files, one document each")
     if task.name != CUSTOM and any(files.values()):

@@ -122,7 +122,8 @@ def corrupt(windows: Ids, masks: Mask, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
     return np.concatenate([inputs, eos], axis=1), np.concatenate([targets, eos], axis=1)
 
 
-def _batch(windows: Ids, masks: Sequence[Mask], tokenizer: Tokenizer) -> Batch:
+def to_batch(windows: Ids, masks: Sequence[Mask], tokenizer: Tokenizer) -> Batch:
+    """Windows (B, window), corrupted by masks (window,) each: input_ids and labels, torch.long."""
     inputs, targets = corrupt(windows, np.stack(masks), tokenizer)
     return {
         "input_ids": torch.from_numpy(inputs.astype(np.int64)),
@@ -130,7 +131,12 @@ def _batch(windows: Ids, masks: Sequence[Mask], tokenizer: Tokenizer) -> Batch:
     }
 
 
-def _checked_lengths(config: CorpusConfig, tokenizer: Tokenizer) -> Corruption:
+def checked_lengths(config: CorpusConfig, tokenizer: Tokenizer) -> Corruption:
+    """The counts of a corpus's windows.
+
+    Raises:
+        InputError: lengths that do not belong together, or too few sentinels.
+    """
     counts = corrupted_lengths(config)
     if counts.spans > tokenizer.num_sentinels:
         raise InputError(
@@ -161,7 +167,7 @@ class CorpusStream:
         self.tokens = tokens
         self.tokenizer = tokenizer
         self.seed = seed
-        self.counts = _checked_lengths(config, tokenizer)
+        self.counts = checked_lengths(config, tokenizer)
         if len(tokens) < self.counts.window:
             raise InputError(f"corpus {config.name} has {len(tokens)} tokens; one window needs {self.counts.window}")
         self.windows_per_epoch = len(tokens) // self.counts.window
@@ -193,7 +199,7 @@ class CorpusStream:
             input_ids (B, input_length) and labels (B, target_length), torch.long.
         """
         taken = range(step * batch_size, (step + 1) * batch_size)
-        return _batch(np.stack([self.window(n) for n in taken]), [self.mask(n) for n in taken], self.tokenizer)
+        return to_batch(np.stack([self.window(n) for n in taken]), [self.mask(n) for n in taken], self.tokenizer)
 
 
 def heldout_batches(tokens: Ids, config: CorpusConfig, tokenizer: Tokenizer, batch_size: int) -> Iterator[Batch]:
@@ -205,13 +211,13 @@ def heldout_batches(tokens: Ids, config: CorpusConfig, tokenizer: Tokenizer, bat
     Raises:
         InputError: lengths that do not belong together, or too few sentinels.
     """
-    counts = _checked_lengths(config, tokenizer)
+    counts = checked_lengths(config, tokenizer)
     total = len(tokens) // counts.window
     windows = np.asarray(tokens[: total * counts.window]).reshape(total, counts.window)
     masks = [noise_mask(counts, np.random.default_rng([HELDOUT_NOISE, n])) for n in range(total)]
     for start in range(0, total, batch_size):
         part = slice(start, start + batch_size)
-        yield _batch(windows[part], masks[part], tokenizer)
+        yield to_batch(windows[part], masks[part], tokenizer)
 
 
 def unigram_loss(train_labels: Ids | torch.Tensor, heldout_labels: Ids | torch.Tensor, vocab_size: int) -> float:

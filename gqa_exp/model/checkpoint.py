@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,6 +61,21 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
             geometry than its config.json says, or not finite.
     """
     folder = Path(folder)
+    config = _own_config(folder)
+    return _build(config, stored_tensors([folder / WEIGHTS]), dtype, folder / WEIGHTS)
+
+
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> T5:
+    """A model of the geometry that a folder of ours states and of given weights, which become its own.
+
+    Raises:
+        InputError: as `load`.
+    """
+    stored = {name: Given(tensor) for name, tensor in weights.items()}
+    return _build(_own_config(folder), stored, torch.float32, folder)
+
+
+def _own_config(folder: Path) -> T5Config:
     record = read_config(folder)
     if record.pop("format", None) != FORMAT:
         hint = (
@@ -72,10 +87,36 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32) -> T5:
         if name not in known:
             raise InputError(f'{folder / CONFIG}: unknown field "{name}"; {suggest(name, known)}')
     try:
-        config = T5Config(**record)
+        return T5Config(**record)
     except TypeError as error:
         raise InputError(f"{folder / CONFIG}: incomplete geometry ({error})") from error
-    return _build(config, stored_tensors([folder / WEIGHTS]), dtype, folder / WEIGHTS)
+
+
+class Readable(Protocol):
+    """A weight that has a shape, and is brought into memory when it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor, in that number format."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A weight that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return tuple(self.tensor.shape)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor itself where the number format is its own."""
+        return self.tensor.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -87,10 +128,10 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
 
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own; None keeps its number format."""
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in memory of its own."""
         tensor: Tensor = self.file.get_tensor(self.name)  # mapped from the file
-        return tensor.to(dtype or tensor.dtype, copy=True)
+        return tensor.to(dtype, copy=True)
 
 
 def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -116,7 +157,7 @@ def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def _build(config: T5Config, stored: Mapping[str, StoredTensor], dtype: torch.dtype, where: Path) -> T5:
+def _build(config: T5Config, stored: Mapping[str, Readable], dtype: torch.dtype, where: Path) -> T5:
     """A model of the given weights, after checking that they are exactly those the geometry needs."""
     with torch.device("meta"):
         model = T5(config)

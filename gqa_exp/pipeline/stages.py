@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from lightning.pytorch.loggers import Logger
 
-from gqa_exp.config import TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
+from gqa_exp.config import CORPUS_PATHS, TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
 from gqa_exp.data.tasks import baseline_predictions, task_hash
 from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
 from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
@@ -187,7 +187,7 @@ class Pipeline:
             "convert": self.convert_stage.key,
             "seed": config.seed,
             "corpus": corpus_identity(config.corpus, self.tokenizer),
-            "corruption": {name: value for name, value in vars(config.corpus).items() if name not in ("name", "files")},
+            "corruption": {name: value for name, value in vars(config.corpus).items() if name not in CORPUS_PATHS},
             "pretrain": vars(config.pretrain),
             "precision": config.trainer.precision,
         }
@@ -290,7 +290,10 @@ class Pipeline:
         ]
         state = max(starts, key=lambda candidate: candidate.step)
         tokens = read_corpus(self.config.corpus, self.tokenizer, self.store.root / "cache")
-        recipe = pretraining_recipe(self.config, "uptrain", self.config.seed, tokens, self.tokenizer, self.uptrain_stop)
+        positions = state.record.get("positions")
+        recipe = pretraining_recipe(
+            self.config, "uptrain", self.config.seed, tokens, self.tokenizer, self.uptrain_stop, positions
+        )
         label = f"uptrain {self.label} {self.config.proportion:g}"
         state = train(state, recipe, self.config.trainer, label=label, resume_folder=partial, trackers=self.trackers)
         state.save(folder)

@@ -239,16 +239,18 @@ def _owned(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]])
     return owned
 
 
-def named_slots(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def named_slots(
+    optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]], gather: bool = True
+) -> dict[str, Tensor]:
     """The optimizer's state under its parameters' names: "PARAM.row" and "PARAM.col", or "PARAM.full"; "PARAM.step".
 
     Args:
         optimizer: whose state to read; parameters that never had a gradient have no slots.
         named_parameters: of the model that it trains, as from `model.named_parameters()`.
+        gather: of parameters divided between ranks, the whole rather than this rank's rows.
 
     Returns:
-        Copies, fit for safetensors: float32 moments, and steps as int64 scalars. Of parameters divided between ranks,
-        the whole on each; all ranks must ask for it.
+        Copies, fit for safetensors: float32 moments, and steps as int64 scalars. To gather, all ranks must ask for it.
 
     Raises:
         InputError: the optimizer holds a parameter that has no name here.
@@ -260,7 +262,8 @@ def named_slots(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tens
             if not isinstance(value, Tensor):
                 slots[f"{name}.{slot}"] = torch.tensor(value)
             else:
-                slots[f"{name}.{slot}"] = (value if slot == "col" else shards.gather(value)).detach().clone()
+                has_rows = gather and slot != "col"
+                slots[f"{name}.{slot}"] = (shards.gather(value) if has_rows else value).detach().clone()
     return slots
 
 

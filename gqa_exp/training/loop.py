@@ -31,9 +31,9 @@ from gqa_exp.config import TrainerConfig
 from gqa_exp.host import can_compile
 from gqa_exp.model import T5
 from gqa_exp.timing.hostlock import training_allowed
-from gqa_exp.training.adafactor import Adafactor, load_named_slots, named_slots
+from gqa_exp.training.adafactor import Adafactor, Shards, load_named_slots, named_slots
 from gqa_exp.training.loss import summed_nll, token_loss
-from gqa_exp.training.state import TrainingState
+from gqa_exp.training.state import TrainingState, save_shards
 
 Batch = dict[str, Tensor]
 FSDP = "fsdp"
@@ -69,6 +69,10 @@ class Recipe:
     """Steps between calls of `evaluate`; 0: never."""
     evaluate: Callable[[TrainingState], bool] | None = None
     """Looks at the state after a step, may write into its record; returns whether to stop early."""
+    batch_of_rank: Callable[[int, int, int], Batch] | None = None
+    """Of (step, rank, ranks): the rank's rows, where it need not make the whole batch for them."""
+    positions: Callable[[int], dict[str, Any]] | None = None
+    """Where this rank stands in a streamed corpus after so many steps, to be kept in the state's record."""
 
 
 def step_seed(seed: int, stage: str, step: int) -> int:
@@ -83,15 +87,18 @@ class _StepBatches(IterableDataset[Batch]):
     A rank without a share, where a batch has fewer rows than there are ranks, gets a row whose labels do not count.
     """
 
-    def __init__(self, batch: Callable[[int], Batch], start: int, stop: int, pad_id: int) -> None:
-        self.batch, self.start, self.stop, self.pad_id = batch, start, stop, pad_id
+    def __init__(self, recipe: Recipe, start: int, pad_id: int) -> None:
+        self.recipe, self.start, self.pad_id = recipe, start, pad_id
 
     def __iter__(self) -> Iterator[Batch]:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         world = torch.distributed.get_world_size() if distributed else 1
-        for step in range(self.start, self.stop):
-            whole = self.batch(step)
+        for step in range(self.start, self.recipe.stop):
+            if self.recipe.batch_of_rank is not None:
+                yield self.recipe.batch_of_rank(step, rank, world)
+                continue
+            whole = self.recipe.batch(step)
             share = {name: tensor[rank::world] for name, tensor in whole.items()}
             if not len(share["labels"]):
                 share = {name: tensor[:1] for name, tensor in whole.items()}
@@ -205,6 +212,7 @@ class TextToText(L.LightningModule):
         assert isinstance(optimizer, Adafactor)
         self.state.slots = named_slots(optimizer, self.model.named_parameters())
         self.state.step = self.step
+        self._note_positions()
         if not self.sharded:
             return self.state
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -214,6 +222,38 @@ class TextToText(L.LightningModule):
                 model = T5(self.model.config)
             model.load_state_dict(weights, assign=True)
         return dataclasses.replace(self.state, model=model)
+
+    def _note_positions(self) -> None:
+        """Put into the record where all ranks stand in a streamed corpus."""
+        if self.recipe.positions is None:
+            return
+        found = [self.recipe.positions(self.step)]
+        if self.trainer.world_size > 1:
+            found *= self.trainer.world_size
+            torch.distributed.all_gather_object(found, found[0])
+        self.state.record["positions"] = {lane: where for each in found for lane, where in each.items()}
+
+    def keep(self, folder: Path) -> None:
+        """Write the present state, to be resumed from; all ranks must call it, and each writes what it holds."""
+        if not self.sharded:
+            state = self.capture()
+            if self.trainer.is_global_zero:
+                state.save(folder)
+            return
+        self._note_positions()
+        optimizer, named = self.trainer.optimizers[0], dict(self.model.named_parameters())
+        assert isinstance(optimizer, Adafactor)
+        save_shards(
+            folder,
+            self.model.config,
+            {name: Shards(parameter).local(parameter) for name, parameter in named.items()},
+            named_slots(optimizer, named.items(), gather=False),
+            self.step,
+            self.state.record,
+            self.global_rank,
+            self.trainer.world_size,
+            self.trainer.strategy.barrier,
+        )
 
 
 class _Watch(L.Callback):
@@ -256,9 +296,7 @@ class _Watch(L.Callback):
             pl_module.model.train()
             self.reported += time.perf_counter() - before
         if due and self.folder is not None:
-            state = pl_module.capture()
-            if trainer.is_global_zero:
-                state.save(self.folder)
+            pl_module.keep(self.folder)
             self.saved = time.perf_counter()
 
     def _report(self, trainer: L.Trainer, module: TextToText) -> None:
@@ -352,7 +390,7 @@ def train(
             log_every_n_steps=1_000_000_000,  # the callback logs
             use_distributed_sampler=False,
         )
-        batches = _StepBatches(recipe.batch, state.step, recipe.stop, state.model.config.pad_id)
+        batches = _StepBatches(recipe, state.step, state.model.config.pad_id)
         try:
             trainer.fit(module, DataLoader(batches, batch_size=None))
         except SystemExit:

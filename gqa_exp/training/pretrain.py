@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 
-from gqa_exp.config import Config, CorpusConfig
+from gqa_exp.config import C4, CORPUS_PATHS, Config, CorpusConfig
 from gqa_exp.data.corpus import (
     CorpusStream,
     corpus_hash,
@@ -24,6 +24,7 @@ from gqa_exp.data.corpus import (
     tokenize,
     unigram_loss,
 )
+from gqa_exp.data.stream import TextStream, stream_identity
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.host import first_process
@@ -43,11 +44,13 @@ HOUR = 3600.0
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
-    """The training tokens of a corpus: the embedded text, or the user's files.
+    """The training tokens of a corpus: the embedded text, or the user's files; None for one that is streamed.
 
     Raises:
         InputError: a file is missing, empty or not UTF-8.
     """
+    if config.name == C4:
+        return None
     if config.files:
         return tokenize([read_text_file(path) for path in config.files], tokenizer)
     return corpus_tokens("train", tokenizer, cache)
@@ -55,6 +58,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
 
 def corpus_identity(config: CorpusConfig, tokenizer: Tokenizer) -> str:
     """Hash of the text and tokenizer a corpus consists of; its lengths and noise are keyed by the configuration."""
+    if config.name == C4:
+        return stream_identity(config, tokenizer)
     if not config.files:
         return corpus_hash(tokenizer)
     digest = hashlib.sha256(tokenizer.content_hash.encode())
@@ -68,19 +73,41 @@ def flat_steps(steps: int, flat_fraction: float) -> int:
     return max(1, round(flat_fraction * steps))
 
 
-def pretraining_recipe(config: Config, stage: str, seed: int, tokens: Any, tokenizer: Tokenizer, stop: int) -> Recipe:
-    """What pre-training does at each absolute step; uptraining continues it with a later `stop`."""
+def pretraining_recipe(
+    config: Config,
+    stage: str,
+    seed: int,
+    tokens: Any,
+    tokenizer: Tokenizer,
+    stop: int,
+    positions: Mapping[str, Sequence[int]] | None = None,
+) -> Recipe:
+    """What pre-training does at each absolute step; uptraining continues it with a later `stop`.
+
+    Args:
+        config: corpus and pretrain are used.
+        stage: "pretrain" or "uptrain".
+        seed: of the order of the text and its noise.
+        tokens: from `read_corpus`.
+        tokenizer: the model's.
+        stop: step at which the stage ends.
+        positions: where a streamed corpus goes on, from the record of the state to go on with.
+    """
     pretrain = config.pretrain
-    stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
     flat = flat_steps(pretrain.steps, pretrain.flat_fraction)
-    return Recipe(
+    recipe = Recipe(
         stage=stage,
         seed=seed,
-        batch=lambda step: stream.batch(step, pretrain.batch_size),
+        batch=lambda step: {},
         learning_rate=lambda step: learning_rate(step, peak=pretrain.peak_lr, flat_steps=flat),
         stop=stop,
         z_loss=pretrain.z_loss,
     )
+    if tokens is None:
+        text = TextStream(config.corpus, tokenizer, seed, pretrain.batch_size, positions)
+        return replace(recipe, batch=text.batch, batch_of_rank=text.batch, positions=text.positions)
+    stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
+    return replace(recipe, batch=lambda step: stream.batch(step, pretrain.batch_size))
 
 
 def heldout_sets(config: Config, tokenizer: Tokenizer, cache: Path) -> dict[str, list[Batch]]:
@@ -204,7 +231,7 @@ def pretrain_base(
     resume = work / "state"
     state = starting_state(config, tokenizer, resume)
     tokens = read_corpus(config.corpus, tokenizer, work / "cache")
-    sets = {} if config.corpus.files else heldout_sets(config, tokenizer, work / "cache")
+    sets = {} if config.corpus.files or tokens is None else heldout_sets(config, tokenizer, work / "cache")
     exchanged_sets = exchange_inputs(sets)
 
     loggers: Sequence[Logger] = ()
@@ -226,7 +253,8 @@ def pretrain_base(
         )  # fmt: skip
         return False
 
-    recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps)
+    positions = state.record.get("positions")
+    recipe = pretraining_recipe(config, "pretrain", config.seed, tokens, tokenizer, config.pretrain.steps, positions)
     if sets:
         recipe = replace(recipe, evaluate_every=HELDOUT_EVERY, evaluate=look_at_heldout)
     if state.step < recipe.stop:
@@ -241,10 +269,11 @@ def pretrain_base(
         record["heldout_unigram_loss"] = round(unigram_baseline(config, tokens, sets, tokenizer), 4)
         logger.info("held-out loss of a unigram model %.4f", record["heldout_unigram_loss"])
     record["tokens_per_second"] = round(record["tokens"] / record["seconds"], 1)
-    record["epochs"] = round(
-        state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3
-    )
-    record["corpus_tokens"] = len(tokens)
+    if tokens is not None:
+        record["epochs"] = round(
+            state.step * config.pretrain.batch_size * recipe_window(config) / len(np.asarray(tokens)), 3
+        )
+        record["corpus_tokens"] = len(tokens)
     shipped = replace(state, slots={name: slot.clone() for name, slot in state.slots.items()})
     shipped.save(export, torch.bfloat16)
     return state
@@ -261,9 +290,7 @@ def _check_same_run(ours: dict[str, Any], theirs: dict[str, Any], folder: Path) 
         pretrain["flat_steps"] = flat_steps(pretrain.pop("steps"), pretrain.pop("flat_fraction"))
         named = {f"pretrain.{name}": value for name, value in pretrain.items()}
         # "text" tells what the corpus is, wherever its files lie
-        named |= {
-            f"corpus.{name}": value for name, value in settings["corpus"].items() if name not in ("name", "files")
-        }
+        named |= {f"corpus.{name}": value for name, value in settings["corpus"].items() if name not in CORPUS_PATHS}
         return {**named, **{name: settings[name] for name in ("text", "seed") if name in settings}}
 
     before = fields(theirs)

@@ -43,10 +43,11 @@ def main() -> None:
         precision="32-true",
         compile=False,
         report_seconds=0.0,
-        checkpoint_minutes=1e9,
+        checkpoint_minutes=0.0,
     )
     recipe = Recipe("pretrain", 0, batch, lambda step: 0.02, stop=STEPS)
-    state = train(TrainingState(T5(GEOMETRY)), recipe, config, label=strategy)
+    kept = folder / f"{strategy} kept"  # anew after every step but the last
+    state = train(TrainingState(T5(GEOMETRY)), recipe, config, label=strategy, resume_folder=kept)
     spread = torch.distributed.is_initialized()
     if not spread or torch.distributed.get_rank() == 0:
         state.save(folder / strategy)

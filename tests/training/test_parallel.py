@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel import GEOMETRY, batch
 
-from gqa_exp.training.state import TrainingState
+from gqa_exp.config import TrainerConfig
+from gqa_exp.errors import InputError
+from gqa_exp.model import T5
+from gqa_exp.training.loop import Recipe, train
+from gqa_exp.training.state import TrainingState, save_shards
 
 SCRIPT = Path(__file__).with_name("parallel.py")
 
@@ -43,3 +48,28 @@ def test_two_processes_follow_the_curve_of_one(
     assert of_two.slots.keys() == of_one.slots.keys()
     weights = [torch.cat([w.flatten() for w in state.model.state_dict().values()]) for state in (of_one, of_two)]
     assert not torch.equal(*weights), "the same order of sums, so the same process"
+
+    # What they kept after step 49 goes on in one process.
+    kept = tmp_path / f"{strategy} kept"
+    shards = sorted(path.name for path in kept.glob("shard-*"))
+    both = ["shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
+    assert shards == (both if strategy == "fsdp" else [])
+    resumed = TrainingState.load(kept)
+    assert resumed.step == 49
+    config = TrainerConfig(precision="32-true", compile=False, threads=1)
+    resumed = train(resumed, Recipe("pretrain", 0, batch, lambda step: 0.02, stop=50), config, label="resumed")
+    for ours, theirs in ((resumed.model.state_dict(), of_two.model.state_dict()), (resumed.slots, of_two.slots)):
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_state_with_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = T5(GEOMETRY)
+    for rank in (1, 0):
+        rows = {name: torch.chunk(weight, 2)[rank] for name, weight in model.state_dict().items()}
+        if rank == 1:
+            (tmp_path / ".state.shards").mkdir()
+        save_shards(tmp_path / "state", GEOMETRY, rows, {}, 7, {"tokens": 3}, rank, 2, lambda: None)
+    with pytest.raises(InputError, match="shard 1 of 2 is missing"):
+        TrainingState.load(tmp_path / "state")
