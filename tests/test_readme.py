@@ -23,6 +23,7 @@ LINES = [
     if line.strip()
 ]
 HYDRA = [line for line in LINES if line[0] in ("gqa-run", "gqa-pretrain")]
+HYDRA += [["gqa-run", *line[line.index("gqa_exp.run") + 1 :]] for line in LINES if line[0] == "torchrun"]
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
 
 

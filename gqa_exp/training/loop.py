@@ -33,6 +33,7 @@ from gqa_exp.model import T5
 from gqa_exp.timing.hostlock import training_allowed
 from gqa_exp.training.adafactor import Adafactor, Shards, load_named_slots, named_slots
 from gqa_exp.training.loss import summed_nll, token_loss
+from gqa_exp.training.memory import training_memory
 from gqa_exp.training.state import TrainingState, save_shards
 
 Batch = dict[str, Tensor]
@@ -160,10 +161,12 @@ class TextToText(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step on one batch, or on this rank's share of it."""
         pad_id = self.model.config.pad_id
+        parts = self._parts(batch)
+        if self.step == self.start:
+            self._say_memory(parts[0])
         counted = (batch["labels"] != pad_id).sum()
         total = self.over_ranks(counted).clamp(min=1)
         nll = torch.zeros((), device=self.device)
-        parts = self._parts(batch)
         for number, part in enumerate(parts, 1):
             labels = part["labels"]
             share = (labels != pad_id).sum() / total
@@ -187,6 +190,23 @@ class TextToText(L.LightningModule):
         rows = max(1, self.micro_batch_tokens // (batch["input_ids"].shape[1] + batch["labels"].shape[1]))
         split = {name: torch.split(tensor, rows) for name, tensor in batch.items()}
         return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+
+    def _say_memory(self, part: Batch) -> None:
+        """Say what training will need of each device, before the first pass."""
+        (rows, source), target = part["input_ids"].shape, part["labels"].shape[1]
+        memory = training_memory(
+            self.model,
+            rows,
+            source,
+            target,
+            bfloat16=self.trainer.precision == "bf16-mixed",
+            checkpointing=self.model.encoder.checkpointing,
+            ddp=isinstance(self.trainer.strategy, DDPStrategy),
+            shards=self.trainer.world_size if self.sharded else 1,
+        )
+        if self.trainer.is_global_zero:
+            said = "%s: memory per device, estimated for %d samples of %d + %d tokens at a time: %s"
+            logger.info(said, self.recipe.stage, rows, source, target, memory)
 
     def over_ranks(self, value: Tensor) -> Tensor:
         """The sum of a scalar over all ranks."""
