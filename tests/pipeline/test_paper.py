@@ -1,4 +1,4 @@
-"""The paper's experiment end to end, as a user types it, on a random checkpoint and small files of the public layouts."""
+"""The paper's experiment end to end, as a user types it, on a random checkpoint and small local files."""
 
 import gzip
 import json
@@ -52,9 +52,10 @@ def test_one_point_from_a_random_checkpoint_and_local_files(tmp_path: Path) -> N
     (tmp_path / "c4" / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines.encode()))
 
     command = [
-        sys.executable, "-m", "gqa_exp.run", "model=t5_small", "task=cnn_dailymail", "num_kv_heads=2", "proportion=2e-6",
-        "model.vocab_size=8192", f"model.base={tmp_path / 'base'}", f"task.data_dir={tmp_path / 'cnn'}",
-        f"corpus.data_dir={tmp_path / 'c4'}", f"output={tmp_path / 'runs'}", "tracking=disabled", "trainer.compile=false",
+        sys.executable, "-m", "gqa_exp.run", "model=t5_small", "task=cnn_dailymail", "num_kv_heads=2",
+        "proportion=2e-6", "model.vocab_size=8192", f"model.base={tmp_path / 'base'}", f"task.data_dir={tmp_path / 'cnn'}",
+        f"corpus.data_dir={tmp_path / 'c4'}", f"output={tmp_path / 'runs'}", "tracking=disabled",
+        "trainer.compile=false",
         "pretrain.batch_size=4", "trainer.micro_batch_tokens=1300", "trainer.gradient_checkpointing=true",
         "finetune.steps=4", "finetune.evaluate_every=2", "finetune.batch_tokens=4096", "finetune.dev_examples=6",
         "evaluation.max_examples=6", "task.max_target_tokens=16", "timing.batch_size=2", "timing.source_length=64",
