@@ -53,7 +53,8 @@ def test_one_point_from_a_random_checkpoint_and_local_files(tmp_path: Path) -> N
 
     command = [
         sys.executable, "-m", "gqa_exp.run", "model=t5_small", "task=cnn_dailymail", "num_kv_heads=2",
-        "proportion=2e-6", "model.vocab_size=8192", f"model.base={tmp_path / 'base'}", f"task.data_dir={tmp_path / 'cnn'}",
+        "proportion=2e-6", "model.vocab_size=8192", f"model.base={tmp_path / 'base'}",
+        f"task.data_dir={tmp_path / 'cnn'}",
         f"corpus.data_dir={tmp_path / 'c4'}", f"output={tmp_path / 'runs'}", "tracking=disabled",
         "trainer.compile=false",
         "pretrain.batch_size=4", "trainer.micro_batch_tokens=1300", "trainer.gradient_checkpointing=true",
