@@ -16,8 +16,13 @@ METHODS = ("mean", "first", "random")
 """How the K/V heads of a group become one (paper section 2.1 and Figure 4)."""
 DTYPES = ("float32", "bfloat16", "float16")
 Split = Literal["train", "dev", "test"]
-TASK_KINDS = ("summarization", "translation", "question answering")
-METRICS = ("rouge1", "rouge2", "rougeLsum", "bleu", "f1", "exact_match")
+METRICS_OF_KIND = {
+    "summarization": ("rouge1", "rouge2", "rougeLsum"),
+    "translation": ("bleu",),
+    "question answering": ("f1", "exact_match"),
+}
+TASK_KINDS = tuple(METRICS_OF_KIND)
+METRICS = tuple(metric for metrics in METRICS_OF_KIND.values() for metric in metrics)
 OPTIMIZER_SLOTS = ("pool", "reset")
 INITIALIZATIONS = ("reading", "t5")
 FEED_FORWARDS = ("gated-gelu", "gated-silu", "relu")
@@ -179,7 +184,8 @@ class TrainerConfig:
     accelerator: str = one_of("cpu", ("cpu", "gpu", "auto"))
     devices: int = bounded(1, 1)
     num_nodes: int = bounded(1, 1)
-    strategy: str = "auto"
+    strategy: str = one_of("auto", ("auto", "ddp", "fsdp"))
+    """How several devices share the work: each with the whole model, or weights divided (torch's fully_shard)."""
     precision: str = one_of("auto", ("32-true", "bf16-mixed", "auto"))
     """bf16-mixed: float32 weights, bfloat16 matrix products; auto: that where the device computes bfloat16."""
     compile: bool = True
@@ -191,7 +197,7 @@ class TrainerConfig:
     """Keep one activation per layer, and compute the others again in the backward pass: a third more time for far less
     memory."""
     spike: float = bounded(3.0, 0.0)
-    """Nats: training has diverged when the mean loss since the last progress line is so far above the lowest one."""
+    """Nats: training has diverged when the mean loss of 20 steps is so far above the lowest such mean."""
     threads: int | None = None
     """CPU threads; null: all physical cores."""
     deterministic: bool = False
@@ -382,6 +388,9 @@ def check(config: Config) -> None:
             f"({config.task.max_input_tokens} + {config.task.max_target_tokens} tokens); raise it or shorten the task"
         )
     task = config.task
+    if task.metric not in METRICS_OF_KIND[task.kind]:
+        known = ", ".join(METRICS_OF_KIND[task.kind])
+        raise InputError(f'task.metric="{task.metric}" is no score of task.kind="{task.kind}"; use {known}')
     if task.passages != 1 and task.name != "debian_cloze":
         raise InputError(f"task.passages={task.passages} has no meaning for task {task.name}")
     files = {"train": task.train_files, "dev": task.dev_files}
@@ -397,6 +406,8 @@ def check(config: Config) -> None:
         raise InputError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be 1 or more, or null")
     if config.corpus.data_dir is not None and config.corpus.name != C4:
         raise InputError(f"corpus.data_dir={config.corpus.data_dir} has no meaning for corpus {config.corpus.name}")
+    if config.corpus.files and config.corpus.name == C4:
+        raise InputError(f"corpus.files has no meaning for corpus {C4}; use corpus={CUSTOM} with them")
     if config.corpus.name == CUSTOM and not config.corpus.files:
         raise InputError(f"corpus.files is empty; corpus={CUSTOM} needs text files, one document each")
     if task.name != CUSTOM and any(files.values()):

@@ -10,6 +10,7 @@ import sys
 
 import psutil
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from gqa_exp.config import Config, TrainerConfig
@@ -35,9 +36,10 @@ def keep_freed_memory() -> None:
 
 
 def prepare(threads: int | None) -> None:
-    """Set the thread count (None: all physical cores this process may use) and the allocator."""
+    """Set the thread count (None: this rank's share of the physical cores it may use) and the allocator."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, min(psutil.cpu_count(logical=False) or usable, usable)))
+    cores = min(psutil.cpu_count(logical=False) or usable, usable)
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     keep_freed_memory()
 
 
@@ -53,16 +55,19 @@ def device_of(accelerator: str) -> str:
 
 
 def check_launch(config: TrainerConfig) -> None:
-    """Check that a run on several devices was started as several processes.
+    """Check that a run has one process per device: neither fewer nor, each of them believing itself alone, more.
 
     Raises:
-        InputError: it was not; says how.
+        InputError: it has not; says how to start it.
     """
-    wanted, started = config.devices * config.num_nodes, int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted > 1 and started != wanted and "SLURM_NTASKS" not in os.environ:
+    wanted = config.devices * config.num_nodes
+    slurm = os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None
+    started = int(os.environ.get("WORLD_SIZE") or slurm or 1)
+    if started != wanted:
         raise InputError(
             f"trainer.devices={config.devices} on {config.num_nodes} node(s) needs {wanted} processes, not {started}; "
-            f"start them by torchrun --nproc-per-node {config.devices} -m gqa_exp.run ... (with --nnodes), or by srun"
+            f"start them by torchrun --nproc-per-node {config.devices} -m gqa_exp.run ... (with --nnodes), or by "
+            "srun --kill-on-bad-exit"
         )
 
 

@@ -31,6 +31,8 @@ def pretrain(config: Config) -> None:
         )
     check_launch(config.trainer)
     prepare(config.trainer.threads)
+    if not first_process():
+        logging.getLogger("gqa_exp").setLevel(logging.WARNING)
     work = Path(config.output) / "pretrain" / config.model.name
     export = work / "base"
     name = f"pretrain {config.model.name} seed {config.seed}"
@@ -55,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, by which Hydra finds callbacks: what they share with a run is in the module.
+    from gqa_exp.pretrain import main as main_of_the_module
+
+    main_of_the_module()

@@ -80,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, by which Hydra finds callbacks: what they share with a run is in the module.
+    from gqa_exp.run import main as main_of_the_module
+
+    main_of_the_module()

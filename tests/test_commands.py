@@ -14,7 +14,7 @@ from gqa_exp.errors import InputError
 CHOICES = [
     f"{path.parent.name}={path.stem}"
     for path in sorted((ROOT / "conf").glob("*/*.yaml"))
-    if path.parent.name != "hydra"
+    if path.parent.name not in ("hydra", "recipe")  # a recipe is chosen by models and tasks
 ]
 
 
@@ -55,6 +55,9 @@ def test_every_choice_composes(choice: str) -> None:
         (["task.dev_files=[a.csv]"], "no meaning for task debian_synopsis; use task=custom"),
         (["task.data_dir=data"], "no meaning for task debian_synopsis"),
         (["corpus=custom"], "corpus.files is empty"),
+        (["model=t5_large", "corpus.files=[a.txt]"], "corpus.files has no meaning for corpus c4; use corpus=custom"),
+        (["task.kind=translation"], 'task.metric="rouge1" is no score of task.kind="translation"; use bleu'),
+        (["trainer.strategy=fdsp"], 'did you mean "fsdp"'),
     ],
 )
 def test_bad_overrides(overrides: list[str], said: str) -> None:

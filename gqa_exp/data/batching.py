@@ -7,7 +7,8 @@ similar length share one. Every batch is a pure function of (seed, step), so fin
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,11 +18,35 @@ import numpy as np
 import torch
 
 from gqa_exp.data.tokenizer import PAD_ID, Tokenizer
-from gqa_exp.errors import InputError
+from gqa_exp.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
+
+
+ENCODE_VERSION = 1
+"""Raise when the same examples would give other ids."""
+
+
+@contextmanager
+def on_disk(where: str) -> Iterator[None]:
+    """Reading and caching of `datasets`: what goes wrong with files, disks and their contents is said in one line.
+
+    Raises:
+        InputError: any error of what is done within; names the place.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of several libraries, which wrap what went wrong
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, InputError):
+            raise cause from error
+        raise InputError(f"{where}: cannot be read or cached ({one_line(cause)[:200]})") from error
 
 
 @dataclass(frozen=True)
@@ -71,20 +96,21 @@ def encode_task(
         return columns
 
     if dataset.cache_files:
-        facts = [dataset._fingerprint, tokenizer.content_hash, max_input, max_target, sentinels]
-        columns: Any = dataset.map(
-            encode,
-            batched=True,
-            remove_columns=dataset.column_names,
-            new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
-            desc="tokenizing",
-        )
+        facts = [ENCODE_VERSION, dataset._fingerprint, tokenizer.content_hash, max_input, max_target, sentinels]
+        with on_disk("tokenized examples"):
+            columns: Any = dataset.map(
+                encode,
+                batched=True,
+                remove_columns=dataset.column_names,
+                new_fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
+                desc="tokenizing",
+            )
     else:
         columns = encode({column: list(dataset[column]) for column in ("input", "target")})
-    lengths = list(zip(columns["input_length"], columns["target_length"], strict=True))
+    lengths = list(zip(columns["input_length"][:], columns["target_length"][:], strict=True))
     longer = {}
     for column, limit in (("input", max_input), ("target", max_target)):
-        longer[column] = sum(columns[f"{column}_cut"])
+        longer[column] = sum(columns[f"{column}_cut"][:])
         if longer[column]:
             message = "%d of %d %ss are longer than %d tokens and were cut"
             logger.warning(message, longer[column], len(lengths), column, limit)

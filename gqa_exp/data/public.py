@@ -1,6 +1,6 @@
 """Tasks on other text than the embedded one: the paper's seven public data sets, and files of the user's own.
 
-Prompts and preprocessing are those of the paper's authors (public T5 and LongT5 code; see PAPER.md for what is known).
+Prompts and preprocessing are those of the paper's authors (public T5 and LongT5 code), as far as they are known.
 A data set comes by its hub id, or from `task.data_dir`: the files of its hub repository, or where that holds a loading
 script, its Parquet conversion or the raw files. Rows without input or output are left out, counted and logged.
 """
@@ -9,14 +9,17 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 
 from gqa_exp.config import CUSTOM, Split, TaskConfig
+from gqa_exp.data.batching import on_disk
 from gqa_exp.data.corpus import file_hash
 from gqa_exp.errors import InputError, one_line, suggest
 
@@ -41,6 +44,19 @@ Source = tuple[str, str, list[str]]
 
 
 @dataclass(frozen=True)
+class RawForm:
+    """Files of a data set as they were before its repository on the hub.
+
+    Attributes:
+        files: those of a split in a folder; none where the folder has no such form.
+        rows: of these files.
+    """
+
+    files: Callable[[Path, Split], list[Path]]
+    rows: Callable[[Sequence[Path], Split], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class PublicTask:
     """A data set of the hub, and how one of its rows becomes an example.
 
@@ -49,16 +65,25 @@ class PublicTask:
         config: its configuration, a folder of its files.
         columns: that a row must have.
         example: of a row.
-        scripted: its repository holds a loading script, which is not run: the hub's Parquet conversion is read instead.
-        raw: reads a split of the raw files in a folder; None where the folder has none, or there is no such form.
+        raw: another form of its files. Such a repository holds a loading script, which is not run: from the hub, the
+            Parquet conversion is read instead.
     """
 
     hub_id: str
     config: str
     columns: tuple[str, ...]
     example: Callable[[Row], Source]
-    scripted: bool = False
-    raw: Callable[[Path, Split], list[dict[str, Any]] | None] | None = None
+    raw: RawForm | None = None
+
+
+def _text(value: Any) -> str:
+    """A text without outer space; anything else is empty."""
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _part(row: Any, name: str) -> Any:
+    """A nested field, None where it or what it is in is missing."""
+    return row.get(name) if isinstance(row, Mapping) else None
 
 
 def _summary(source: str, target: str) -> Callable[[Row], Source]:
@@ -69,89 +94,78 @@ def _summary(source: str, target: str) -> Callable[[Row], Source]:
 
 
 def _translation(row: Row) -> Source:
-    english, german = _text(row["translation"]["en"]), _text(row["translation"]["de"])
+    english, german = (_text(_part(row["translation"], language)) for language in ("en", "de"))
     return english, german, [german]
 
 
 def _question(row: Row) -> Source:
     """Question and the Wikipedia pages it was answered from; the value is the target, its aliases are right too."""
-    answer = row["answer"]
-    contexts = " ".join(_text(page) for page in row["entity_pages"]["wiki_context"])
-    value = _text(answer["value"])
-    references = dict.fromkeys([value, *(_text(alias) for alias in answer["aliases"] or [])])
-    question = _text(row["question"])
+    answer, question = row["answer"], _text(row["question"])
+    contexts = " ".join(map(_text, _part(row["entity_pages"], "wiki_context") or []))
+    value = _text(_part(answer, "value"))
+    references = dict.fromkeys([value, *map(_text, _part(answer, "aliases") or [])])
     return f"{question}{CONTEXT}{contexts}" if question else "", value, [alias for alias in references if alias]
 
 
-def _text(value: Any) -> str:
-    """A text without outer space; anything missing is empty."""
-    return value.strip() if isinstance(value, str) else ""
-
-
-def _interview(row: Row) -> Source:
-    """MediaSum's raw dialogues, said as `speaker: utterance`; its conversions hold the document as a text."""
-    if isinstance(row.get("document"), str):
-        return _text(row["document"]), _text(row["summary"]), [_text(row["summary"])]
-    turns = zip(row["speaker"] or [], row["utt"] or [], strict=False)
-    document = "\n".join(f"{_text(speaker)}: {_text(utterance)}" for speaker, utterance in turns)
-    return document, _text(row["summary"]), [_text(row["summary"])]
-
-
-def _raw_multi_news(folder: Path, split: Split) -> list[dict[str, Any]] | None:
-    """`train.src.cleaned` and `train.tgt.cleaned`, one document and one summary a line."""
+def _multi_news_files(folder: Path, split: Split) -> list[Path]:
+    """`train.src.cleaned` and `train.tgt.cleaned`: one document, and one summary, a line."""
     for name in SPLIT_NAMES[split]:
         for source in sorted(folder.rglob(f"{name}.src*")):
             target = source.with_name(source.name.replace(".src", ".tgt"))
             if not target.is_file():
                 raise InputError(f"{source}: {target.name} is missing beside it; it holds the summaries")
-            texts = [path.read_text(encoding="utf-8").split("\n") for path in (source, target)]
-            documents, summaries = (lines[:-1] if lines[-1] == "" else lines for lines in texts)
-            if len(documents) != len(summaries):
-                raise InputError(f"{source} has {len(documents)} lines, but {target.name} has {len(summaries)}")
-            break_line = "NEWLINE_CHAR"
-            return [
-                {"document": document.replace(break_line, "\n"), "summary": summary}
-                for document, summary in zip(documents, summaries, strict=True)
-            ]
-    return None
+            return [source, target]
+    return []
 
 
-def _raw_mediasum(folder: Path, split: Split) -> list[dict[str, Any]] | None:
+def _multi_news_rows(files: Sequence[Path], split: Split) -> Iterator[dict[str, Any]]:
+    source, target = files
+    with (
+        source.open(encoding="utf-8", newline="\n") as documents,
+        target.open(encoding="utf-8", newline="\n") as summaries,
+    ):
+        for number, (document, summary) in enumerate(zip_longest(documents, summaries), 1):
+            if document is None or summary is None:
+                raise InputError(f"{source} and {target.name} differ in length: one ends before line {number}")
+            yield {"document": document.replace("NEWLINE_CHAR", "\n"), "summary": summary}
+
+
+def _mediasum_files(folder: Path, split: Split) -> list[Path]:
     """`news_dialogue.json`, and `train_val_test_split.json` with the ids of each split."""
-    dialogues, split_file = folder / "news_dialogue.json", folder / "train_val_test_split.json"
-    if not dialogues.is_file():
-        return None
-    try:
-        ids = json.loads(split_file.read_text(encoding="utf-8"))
-        wanted = next(set(ids[name]) for name in SPLIT_NAMES[split] if name in ids)
-        rows = json.loads(dialogues.read_text(encoding="utf-8"))
-        kept = ("id", "summary", "utt", "speaker")
-        return [{name: row[name] for name in kept} for row in rows if row["id"] in wanted]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise InputError(
-            f"{folder}: MediaSum's raw files cannot be read ({one_line(error)}); "
-            f"it takes {dialogues.name} and {split_file.name}"
-        ) from error
+    dialogues, ids = folder / "news_dialogue.json", folder / "train_val_test_split.json"
+    if dialogues.is_file() and not ids.is_file():
+        raise InputError(f"{dialogues}: {ids.name} is missing beside it; it holds the ids of each split")
+    return [dialogues, ids] if dialogues.is_file() else []
 
 
+def _mediasum_rows(files: Sequence[Path], split: Split) -> Iterator[dict[str, Any]]:
+    """Dialogues, said as `speaker: utterance`."""
+    dialogues, ids = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    wanted = {name for key in SPLIT_NAMES[split] for name in ids.get(key, [])}
+    for row in dialogues:
+        if row["id"] in wanted:
+            turns = zip(row["speaker"], row["utt"], strict=True)
+            document = "\n".join(f"{_text(speaker)}: {_text(utterance)}" for speaker, utterance in turns)
+            yield {"document": document, "summary": row["summary"]}
+
+
+_ARTICLES = ("article", "abstract")
+_DOCUMENTS = ("document", "summary")
 PUBLIC = {
     "cnn_dailymail": PublicTask(
         "abisee/cnn_dailymail", "3.0.0", ("article", "highlights"), _summary("article", "highlights")
     ),
-    "arxiv": PublicTask(
-        "ccdv/arxiv-summarization", "document", ("article", "abstract"), _summary("article", "abstract")
+    "arxiv": PublicTask("ccdv/arxiv-summarization", "document", _ARTICLES, _summary(*_ARTICLES)),
+    "pubmed": PublicTask("ccdv/pubmed-summarization", "document", _ARTICLES, _summary(*_ARTICLES)),
+    "mediasum": PublicTask(
+        "ccdv/mediasum", "document", _DOCUMENTS, _summary(*_DOCUMENTS), RawForm(_mediasum_files, _mediasum_rows)
     ),
-    "pubmed": PublicTask(
-        "ccdv/pubmed-summarization", "document", ("article", "abstract"), _summary("article", "abstract")
-    ),
-    "mediasum": PublicTask("ccdv/mediasum", "document", ("summary",), _interview, scripted=True, raw=_raw_mediasum),
     "multi_news": PublicTask(
         "alexfabbri/multi_news",
         "default",
-        ("document", "summary"),
-        _summary("document", "summary"),
-        scripted=True,
-        raw=_raw_multi_news,
+        _DOCUMENTS,
+        _summary(*_DOCUMENTS),
+        RawForm(_multi_news_files, _multi_news_rows),
     ),
     "wmt14_en_de": PublicTask("wmt/wmt14", "de-en", ("translation",), _translation),
     "triviaqa": PublicTask("mandarjoshi/trivia_qa", "rc.wikipedia", ("question", "entity_pages", "answer"), _question),
@@ -176,9 +190,7 @@ def load_public(config: TaskConfig, split: Split) -> datasets.Dataset:
     where, rows = _rows(config, split)
     task = PUBLIC.get(config.name)
     columns = (config.source_column, config.target_column) if task is None else task.columns
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(f'{where}: no column "{column}"; {suggest(column, rows.column_names)}')
+    _check_columns(where, columns, rows.column_names)
     example = _own(config) if task is None else task.example
     prompt = config.prompt
 
@@ -192,21 +204,23 @@ def load_public(config: TaskConfig, split: Split) -> datasets.Dataset:
                     column.append(value)
         return kept
 
-    made = rows.map(
-        examples,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        new_fingerprint=_fingerprint(rows, config),
-        desc=f"reading {config.name}",
-    )
+    with on_disk(where):
+        made = rows.map(
+            examples,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            new_fingerprint=_fingerprint([rows._fingerprint, split, *_shape(config)]),
+            desc=f"reading {config.name}",
+        )
     dropped = len(rows) - len(made)
     if not len(made):
         raise InputError(f"{where}: none of the {len(rows)} rows has both an input and an output")
     if dropped:
         logger.warning("%s: %d of %d rows have no input or no output and were left out", where, dropped, len(rows))
-    return made.shuffle(seed=0)
+    with on_disk(where):
+        return made.shuffle(seed=0)
 
 
 FEATURES = datasets.Features(
@@ -233,8 +247,12 @@ def public_hash(config: TaskConfig) -> str:
             content.append(str(_from_hub(PUBLIC[config.name], split)[1]._fingerprint))
         else:
             content += [split, *(file_hash(path) for path in files)]
-    shape = [config.name, config.prompt, config.source_column, config.target_column]
-    return hashlib.sha256(json.dumps([PUBLIC_VERSION, shape, content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*_shape(config), content]).encode()).hexdigest()
+
+
+def _shape(config: TaskConfig) -> list[Any]:
+    """What determines examples beside their files."""
+    return [PUBLIC_VERSION, config.name, config.prompt, config.source_column, config.target_column]
 
 
 def public_baselines(config: TaskConfig, dataset: datasets.Dataset) -> dict[str, list[str]]:
@@ -265,14 +283,16 @@ def _rows(config: TaskConfig, split: Split) -> tuple[str, datasets.Dataset]:
     if files is None:
         assert task is not None
         return _from_hub(task, split)
-    if task is not None and task.raw is not None and config.data_dir and _raw_files(Path(config.data_dir)):
-        raw = task.raw(Path(config.data_dir), split)
-        if raw is None:
-            raise InputError(
-                f"task.data_dir={config.data_dir}: raw files, but none of the {SPLIT_NAMES[split][0]} split"
-            )
-        return config.data_dir, datasets.Dataset.from_list(raw)
-    return str(files[0]), _read(files)
+    where = str(files[0])
+    if (
+        task is not None
+        and task.raw is not None
+        and config.data_dir
+        and files == task.raw.files(Path(config.data_dir), split)
+    ):
+        return where, _cached(task.raw.rows, {"files": tuple(files), "split": split}, files, where)
+    columns = (config.source_column, config.target_column) if task is None else task.columns
+    return where, _read(files, columns)
 
 
 def _files(config: TaskConfig, split: Split, optional: bool = False) -> list[Path] | None:
@@ -290,7 +310,7 @@ def _files(config: TaskConfig, split: Split, optional: bool = False) -> list[Pat
     task, folder = PUBLIC[config.name], Path(config.data_dir)
     if not folder.is_dir():
         raise InputError(f"task.data_dir={folder}: no such folder; it must hold the files of {task.hub_id}")
-    if task.raw is not None and (raw := _raw_files(folder)):
+    if task.raw is not None and (raw := task.raw.files(folder, split)):
         return raw
     root = folder / task.config if (folder / task.config).is_dir() else folder
     found = [
@@ -298,19 +318,19 @@ def _files(config: TaskConfig, split: Split, optional: bool = False) -> list[Pat
         for path in sorted(root.rglob("*"))
         if path.is_file() and _suffix(path) in READERS and _is_of(path.relative_to(root), split)
     ]
+    names = SPLIT_NAMES[split]
+    others = {path.relative_to(root).parts[0] for path in found if len(path.relative_to(root).parts) > 1}
+    if others - {"data", "default", *names}:
+        raise InputError(
+            f"task.data_dir={folder}: files of the {names[0]} split lie in {', '.join(sorted(others))}, none of them "
+            f"{task.config}; give the folder of one configuration"
+        )
     if not found and not optional:
-        names = SPLIT_NAMES[split]
         raise InputError(
             f"task.data_dir={folder}: no file of the {names[0]} split; it takes files or folders whose names say "
             f"{' or '.join(names)}, of {', '.join(READERS)}, as in the repository of {task.hub_id}"
         )
     return found
-
-
-def _raw_files(folder: Path) -> list[Path]:
-    """The raw files of data sets whose repositories hold scripts."""
-    patterns = ("*.src*", "*.tgt*", "news_dialogue.json", "train_val_test_split.json")
-    return sorted({path for pattern in patterns for path in folder.rglob(pattern)})
 
 
 def _suffix(path: Path) -> str:
@@ -324,32 +344,79 @@ def _is_of(path: Path, split: Split) -> bool:
     return any(name in words for name in SPLIT_NAMES[split])
 
 
-def _read(files: Sequence[Path]) -> datasets.Dataset:
-    """Rows of files of one format, from the cache of `datasets` where they are unchanged."""
+def _read(files: Sequence[Path], columns: Sequence[str]) -> datasets.Dataset:
+    """Rows of files of one format, from the cache of `datasets` where they are unchanged.
+
+    Texts stay as they are written: readers that guess types make 2.0 of an output "2", and dates of others.
+    """
     formats = {READERS.get(_suffix(path)) for path in files}
     if len(formats) != 1 or None in formats:
         raise InputError(f"{files[0]}: files must be of one of the formats {', '.join(READERS)}")
-    try:
-        return datasets.load_dataset(formats.pop(), data_files=[str(path) for path in files], split="train")
-    except OSError as error:  # the disk, most likely
-        raise InputError(f"{files[0]}: cannot be read or cached ({one_line(error)[:200]})") from error
-    except Exception as error:  # readers of several libraries
-        cause = error.__cause__ or error
-        raise InputError(f"{files[0]}: cannot be read ({one_line(cause)[:200]})") from error
+    kind, where = formats.pop(), str(files[0])
+    if kind == "json":
+        return _cached(_json_rows, {"files": tuple(files), "columns": tuple(columns)}, files, where)
+    as_written = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    settings: dict[str, Any] = as_written if kind == "csv" else {}
+    with on_disk(where):
+        return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train", **settings)
+
+
+def _json_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The columns of JSON lines, or of a list of objects; the first row must have them all."""
+    kinds: dict[str, type] = {}
+    for path in files:
+        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as lines:
+            whole = lines.read(1) == "["
+            lines.seek(0)
+            for number, row in enumerate(json.load(lines) if whole else map(json.loads, filter(str.strip, lines)), 1):
+                if not kinds:
+                    _check_columns(str(path), columns, row)
+                values = {name: _plain(row.get(name)) for name in columns}
+                for name, value in values.items():
+                    if value is not None and kinds.setdefault(name, type(value)) is not type(value):
+                        raise InputError(f'{path}: row {number}: "{name}" is a {type(value).__name__}, others are not')
+                yield values
+
+
+def _check_columns(where: str, columns: Sequence[str], known: Collection[str]) -> None:
+    """Refuse rows that lack one of the columns."""
+    for column in columns:
+        if column not in known:
+            raise InputError(f'{where}: no column "{column}"; {suggest(column, known)}')
+
+
+def _plain(value: Any) -> Any:
+    """Numbers written out, so that a column is of one type."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _cached(
+    rows: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any], files: Sequence[Path], where: str
+) -> datasets.Dataset:
+    """Rows that Python reads, from the cache of `datasets` where the files' content is known.
+
+    Its arguments hold no lists, which `datasets` would take for shards.
+    """
+    facts = [PUBLIC_VERSION, rows.__name__, str(arguments.get("split")), arguments.get("columns")]
+    name = _fingerprint([*facts, *map(file_hash, files)])
+    with on_disk(where):
+        return datasets.Dataset.from_generator(rows, gen_kwargs=arguments, fingerprint=name)
 
 
 def _from_hub(task: PublicTask, split: Split) -> tuple[str, datasets.Dataset]:
     """A split of a hub data set, from the cache of `datasets` or the network."""
     name = SPLIT_NAMES[split][0]
     try:
-        if task.scripted:
+        if task.raw is not None:
             converted = f"hf://datasets/{task.hub_id}@refs/convert/parquet/{task.config}/{name}/*.parquet"
             return task.hub_id, datasets.load_dataset("parquet", data_files=converted, split="train")
         return task.hub_id, datasets.load_dataset(task.hub_id, task.config, split=name)
     except Exception as error:  # of several libraries
         raise InputError(
             f"{task.hub_id}: not to be had from the Hugging Face hub ({one_line(error)[:120]}); download the files of "
-            f"its {task.config} configuration{' (Parquet conversion or raw)' if task.scripted else ''} into a folder, "
+            f"its {task.config} configuration{' (Parquet conversion or raw)' if task.raw else ''} into a folder, "
             "and give that as task.data_dir"
         ) from error
 
@@ -371,7 +438,6 @@ def _cell(value: Any) -> str:
     return "" if value is None else _text(value if isinstance(value, str) else str(value))
 
 
-def _fingerprint(rows: datasets.Dataset, config: TaskConfig) -> str:
-    """Names the cached examples of these rows."""
-    shape = [PUBLIC_VERSION, config.name, config.prompt, config.source_column, config.target_column]
-    return hashlib.sha256(json.dumps([rows._fingerprint, shape]).encode()).hexdigest()[:16]
+def _fingerprint(facts: Sequence[Any]) -> str:
+    """Names what is cached of these facts."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

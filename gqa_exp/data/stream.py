@@ -97,7 +97,10 @@ def _texts(path: str) -> Iterator[str]:
         with fsspec.open(path, "rt", compression="infer", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {text!r}")
+                yield text
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{path}: line {number} is no JSON object with a "text" ({one_line(error)[:80]})') from error
     except Exception as error:  # of the network, by several libraries
@@ -116,7 +119,8 @@ def c4_files(config: CorpusConfig) -> list[str]:
     if config.data_dir is None:
         return list(C4_FILES)
     folder = Path(config.data_dir)
-    found = sorted(str(path) for path in folder.rglob("*train*") if path.name.endswith((".json.gz", ".json", ".jsonl")))
+    folder = folder / "en" if (folder / "en").is_dir() else folder  # of a copy of the whole repository
+    found = sorted(str(path) for path in folder.glob("*train*") if path.name.endswith((".json.gz", ".json", ".jsonl")))
     if not found:
         raise InputError(f"corpus.data_dir={folder}: no files named like c4-train.00000-of-01024.json.gz")
     return found
@@ -156,6 +160,11 @@ class TextStream:
         files = c4_files(config)
         order = np.random.default_rng([seed, FILE_ORDER]).permutation(len(files))
         self.lanes = 2 ** int(np.log2(min(LANES, batch_size, len(files))))
+        if positions and len(positions) != self.lanes:
+            raise InputError(
+                f"a run over {len(positions)} lanes of the corpus cannot go on over {self.lanes}; keep "
+                "pretrain.batch_size and the files as they were"
+            )
         begin = {int(lane): Position(*position) for lane, position in (positions or {}).items()}
         self._files = [[files[i] for i in order[lane :: self.lanes]] for lane in range(self.lanes)]
         self._begin = [begin.get(lane, Position(0, 0, 0)) for lane in range(self.lanes)]

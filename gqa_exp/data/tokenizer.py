@@ -25,6 +25,8 @@ SENTINEL = re.compile(r"<extra_id_([0-9]{1,4})>")
 """How a task's text names a sentinel, in the words of T5's tokenizer in transformers."""
 
 
+SPACE = "\u2581"
+"""SentencePiece's sign for a space."""
 FILES = ("spiece.model", "tokenizer.json")
 """Names of tokenizers in folders of transformers, the one to prefer first."""
 
@@ -54,6 +56,8 @@ class SentencePieces:
         self._pieces = sentencepiece.SentencePieceProcessor()
         self._pieces.LoadFromSerializedProto(data)
         self.size = int(self._pieces.get_piece_size())
+        while self.size and SENTINEL.fullmatch(self._pieces.id_to_piece(self.size - 1).lstrip(SPACE)):
+            self.size -= 1  # mT5's model holds its sentinels
         self.special = self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id()
 
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
@@ -82,13 +86,13 @@ class JsonPieces:
         if record["model"]["type"] != "Unigram":
             raise ValueError(f"its model is {record['model']['type']}, and T5's is Unigram")
         vocabulary = [list(entry) for entry in record["model"]["vocab"]]
-        while vocabulary and SENTINEL.fullmatch(vocabulary[-1][0]):
+        while vocabulary and SENTINEL.fullmatch(vocabulary[-1][0].lstrip(SPACE)):
             vocabulary.pop()
         names = [name for name, _ in vocabulary]
         pad, eos, unk = self.special = names.index("<pad>"), names.index("</s>"), int(record["model"]["unk_id"])
         for i in (pad, eos):
             vocabulary[i][0] = f"\0{names[i]}"
-        vocabulary[unk][0] = "\u2581\u2047\u2581"  # what SentencePiece writes for it
+        vocabulary[unk][0] = f"{SPACE}\u2047{SPACE}"  # what SentencePiece writes for it
         record["model"]["vocab"] = vocabulary
         record |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._pieces = tokenizers.Tokenizer.from_str(json.dumps(record))
@@ -204,6 +208,25 @@ class Tokenizer:
             if token != PAD_ID and 0 <= token < self.num_pieces:
                 kept.append(int(token))
         return self._pieces.decode(kept)
+
+
+VOCABULARY_ROUNDED_TO = 128
+"""Models round the vocabulary of their tokenizer up to a multiple of it, as T5 32,100 to 32,128."""
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
+    """Check that a tokenizer is a model's own, as far as its size tells.
+
+    Args:
+        tokenizer: which.
+        vocab_size: ids that the model knows.
+        what: how to call the tokenizer.
+
+    Raises:
+        InputError: it has more ids than the model, or so few that it must belong to another.
+    """
+    if not 0 <= vocab_size - tokenizer.vocab_size < VOCABULARY_ROUNDED_TO:
+        raise InputError(f"{what} has {tokenizer.vocab_size} ids, which does not fit model.vocab_size={vocab_size}")
 
 
 def default_tokenizer() -> Tokenizer:

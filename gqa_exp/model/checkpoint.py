@@ -228,6 +228,8 @@ def content_hash(folder: Path) -> str:
     digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
     files = _hf_files(folder) if is_hf(folder) else [folder / name for name in (WEIGHTS, OPTIMIZER, TRAINING)]
     for path in files:
+        if not path.exists() and is_hf(folder):
+            raise InputError(f"{path}: no such file; the weights must be stored as safetensors")
         if path.exists():
             digest.update(path.name.encode())
             with path.open("rb") as stream:
@@ -306,12 +308,19 @@ def hf_folder(source: Path | str) -> Path:
     import huggingface_hub  # here, since it takes a second, and only hub ids need it
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(HF_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(HF_FILES)))
     except Exception as error:  # of several libraries, by version
         raise InputError(
             f"{source}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)[:120]}); "
             f"download {CONFIG}, the safetensors files with their index, and spiece.model into a folder, and give that"
         ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{source}: its repository holds no safetensors, and pickles are not loaded; convert it once by "
+            f'transformers, T5ForConditionalGeneration.from_pretrained("{source}").save_pretrained(FOLDER), put its '
+            "spiece.model there, and give FOLDER"
+        )
+    return folder
 
 
 def load_hf(source: Path | str, dtype: torch.dtype = torch.float32) -> T5:
@@ -399,12 +408,27 @@ def _hf_config(where: Path, record: Mapping[str, Any], stored: Mapping[str, Stor
             relative_buckets=record.get("relative_attention_num_buckets", 32),
             relative_max_distance=record.get("relative_attention_max_distance", 128),
             layer_norm_epsilon=record.get("layer_norm_epsilon", 1e-6),
-            pad_id=record.get("pad_token_id", 0),
-            eos_id=record.get("eos_token_id", 1),
-            decoder_start_id=record.get("decoder_start_token_id", 0),
+            **{name: _one_id(where, record, key, default) for name, (key, default) in _IDS.items()},
         )
     except KeyError as error:
         raise InputError(f"{where}: field {error} is missing") from error
+
+
+_IDS = {
+    "pad_id": ("pad_token_id", 0),
+    "eos_id": ("eos_token_id", 1),
+    "decoder_start_id": ("decoder_start_token_id", 0),
+}
+
+
+def _one_id(where: Path, record: Mapping[str, Any], key: str, default: int) -> int:
+    """A special id; transformers allows none, and several."""
+    value = record.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int):
+        raise InputError(f"{where}: {key}={value!r} must be one id")
+    return value
 
 
 def _equal(a: StoredTensor, b: StoredTensor | None) -> bool:

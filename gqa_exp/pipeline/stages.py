@@ -21,17 +21,17 @@ from lightning.pytorch.loggers import Logger
 from gqa_exp.config import CORPUS_PATHS, TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
 from gqa_exp.data.tasks import baseline_predictions, task_hash
 from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
-from gqa_exp.data.tokenizer import Tokenizer, default_tokenizer
+from gqa_exp.data.tokenizer import Tokenizer, check_vocabulary, default_tokenizer
 from gqa_exp.errors import InputError
 from gqa_exp.evaluation import Scores, bootstrap_interval, score
-from gqa_exp.host import device_of
+from gqa_exp.host import first_process
 from gqa_exp.model import T5, conversion_report
 from gqa_exp.model.checkpoint import TRAINING, content_hash, hf_folder, is_hf, load, load_hf
-from gqa_exp.pipeline.store import Stage, Store, key_of
+from gqa_exp.pipeline.store import STAGE_FILE, Stage, Store, key_of
 from gqa_exp.results import baseline_column
 from gqa_exp.training.conversion import convert_state
 from gqa_exp.training.finetune import evaluate_split, finetune, generation_model, read_split
-from gqa_exp.training.loop import train
+from gqa_exp.training.loop import Diverged, train
 from gqa_exp.training.pretrain import corpus_identity, pretraining_recipe, read_corpus
 from gqa_exp.training.state import TrainingState
 
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = 1
 EVALUATE_VERSION = 3
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
-VOCABULARY_ROUNDED_TO = 128
-"""Models round the vocabulary of their tokenizer up to a multiple of it, as T5 32,100 to 32,128."""
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
     "pretrain": tuple(spec.name for spec in dataclasses.fields(PretrainConfig)),
@@ -98,15 +96,8 @@ class Pipeline:
         """
         own = any((self.base / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer(self.base) if own else default_tokenizer()
-        vocabulary = self.config.model.vocab_size
-        if not 0 <= vocabulary - tokenizer.vocab_size < VOCABULARY_ROUNDED_TO:
-            which = (
-                "its tokenizer" if own else f"no tokenizer ({' or '.join(TOKENIZER_FILES)}), and the embedded text's"
-            )
-            raise InputError(
-                f"{self.base}: {which} has {tokenizer.vocab_size} ids, which does not fit a model of {vocabulary}; put "
-                "the tokenizer that the checkpoint was trained with into its folder"
-            )
+        which = "its tokenizer" if own else f"no tokenizer ({' or '.join(TOKENIZER_FILES)}), and the embedded text's"
+        check_vocabulary(tokenizer, self.config.model.vocab_size, f"{self.base}: {which}")
         return tokenizer
 
     # -- keys ----------------------------------------------------------------------------------------------------------
@@ -169,6 +160,8 @@ class Pipeline:
             "seed": config.seed if changed and config.method == "random" else None,
             "optimizer_slots": config.convert.optimizer_slots if changed else None,
         }
+        if is_hf(self.base):  # ours hold their step, so the content hash does
+            facts["step"] = self.base_step
         return Stage("convert", key_of(facts), facts)
 
     @cached_property
@@ -190,6 +183,7 @@ class Pipeline:
             "corruption": {name: value for name, value in vars(config.corpus).items() if name not in CORPUS_PATHS},
             "pretrain": vars(config.pretrain),
             "precision": config.trainer.precision,
+            "spike": config.trainer.spike,
         }
         facts = {**chain, "step": self.uptrain_stop}
         return Stage("uptrain", f"{key_of(chain)}-{self.uptrain_stop:09d}", facts)
@@ -213,6 +207,7 @@ class Pipeline:
             "finetune": vars(config.finetune),
             "dtype": config.evaluation.dtype,
             "precision": config.trainer.precision,
+            "spike": config.trainer.spike,
         }
         return Stage("finetune", key_of(facts), facts)
 
@@ -250,7 +245,8 @@ class Pipeline:
         self._check_geometry(base.model)
         config = self.config
         state = convert_state(base, self.kv_heads, config.method, config.seed, config.convert.optimizer_slots)
-        state.record = {}
+        # A streamed corpus goes on where the base stopped; the rest is the base's own story.
+        state.record = {name: value for name, value in state.record.items() if name == "positions"}
         state.save(folder)
         report = [dataclasses.asdict(site) for site in conversion_report(base.model, state.model)]
         return {"report": report, "source": str(self.base)}
@@ -282,6 +278,10 @@ class Pipeline:
         shorter = [
             path for path in (self.store.root / "uptrain").glob(f"{chain}-*") if _step_of(path) < self.uptrain_stop
         ]
+        for path in shorter:
+            outcome = json.loads((path / STAGE_FILE).read_text(encoding="utf-8"))["outcome"]
+            if "diverged_at_step" in outcome:
+                raise Diverged("uptrain", outcome["diverged_at_step"])
         partial = self.store.partial(stage)
         starts = [
             TrainingState.load(path)
@@ -296,7 +296,8 @@ class Pipeline:
         )
         label = f"uptrain {self.label} {self.config.proportion:g}"
         state = train(state, recipe, self.config.trainer, label=label, resume_folder=partial, trackers=self.trackers)
-        state.save(folder)
+        if first_process():
+            state.save(folder)
         return {"steps": state.step - self.base_step, **state.record}
 
     def _finetune(self, folder: Path) -> dict[str, Any]:
@@ -310,13 +311,13 @@ class Pipeline:
             resume_folder=self.store.partial(self.finetune_stage),
             trackers=self.trackers,
         )
-        best.save(folder)
+        if first_process():
+            best.save(folder)
         return best.record
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         config, metric = self.config, self.config.task.metric
-        model = load(self.obtain(self.finetune_stage)).to(device_of(config.trainer.accelerator))
-        model = generation_model(model, config)
+        model = generation_model(load(self.obtain(self.finetune_stage)), config)
         split = read_split(config, config.evaluation.split, self.tokenizer, config.evaluation.max_examples)
         label = f"evaluate {self.label} {config.proportion:g} {config.task.name}"
         evaluation = evaluate_split(model, config, split, self.tokenizer, progress=label)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,12 +120,22 @@ class Store:
         return self.folder(stage)
 
     def _follow(self, stage: Stage, compute: Callable[[Path], dict[str, Any]], together: bool) -> None:
-        """What a rank other than the first does: its part, and wait. If the first one fails, the launcher ends it."""
-        if together and not self.holds(stage):
-            with tempfile.TemporaryDirectory() as aside, suppress(Diverged):
-                compute(Path(aside))
+        """What a rank other than the first does: its part if the first one computes, and wait.
+
+        If the first one fails, the launcher ends the others.
+        """
+        joined = False
         while not self.holds(stage):
+            if together and not joined and self._begun(stage).exists():
+                joined = True
+                with suppress(Diverged):
+                    compute(self.folder(stage))
             time.sleep(0.1)
+
+    def _begun(self, stage: Stage) -> Path:
+        """Exists while the first rank of this run computes a stage; another run's says nothing to these ranks."""
+        run = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID"))
+        return self.root / "locks" / f"{stage.name}-{stage.key}.{run}.begun"
 
     def _compute(self, stage: Stage, folder: Path, compute: Callable[[Path], dict[str, Any]]) -> None:
         aside = folder.with_name(f".{folder.name}.part")
@@ -134,6 +143,8 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
         aside.mkdir(parents=True)
         began = time.perf_counter()
+        begun = self._begun(stage)
+        begun.touch()
         try:
             try:
                 outcome = compute(aside)
@@ -152,5 +163,7 @@ class Store:
             aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        for leftover in (self.root / "partial").glob(f"{stage.name}-{stage.key}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            begun.unlink(missing_ok=True)
+        for pattern in (f"{stage.name}-{stage.key}*", f".{stage.name}-{stage.key}*"):  # the latter of interrupted saves
+            for leftover in (self.root / "partial").glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)

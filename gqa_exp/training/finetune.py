@@ -1,13 +1,15 @@
 """Fine-tuning on a task: constant learning rate, best checkpoint on dev (paper, section 3.1)."""
 
-import copy
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
+from filelock import FileLock
 from lightning.pytorch.loggers import Logger
 
 from gqa_exp.config import Config
@@ -15,7 +17,7 @@ from gqa_exp.data.batching import EncodedTask, FinetuneBatches, encode_task
 from gqa_exp.data.tasks import TASKS, load_task
 from gqa_exp.data.tokenizer import Tokenizer
 from gqa_exp.evaluation import Evaluation, evaluate_model
-from gqa_exp.host import first_process
+from gqa_exp.host import device_of, first_process
 from gqa_exp.model import T5
 from gqa_exp.training.loop import Recipe, train
 from gqa_exp.training.state import TrainingState
@@ -41,6 +43,12 @@ class EncodedSplit:
 
 def read_split(config: Config, split: str, tokenizer: Tokenizer, limit: int | None = None) -> EncodedSplit:
     """Load and encode the first `limit` examples of a split (its order is shuffled and fixed)."""
+    # One process at a time, so that those which start together find what the first one cached.
+    with FileLock(Path(tempfile.gettempdir()) / f"gqa_exp.{os.getuid()}.cache.lock"):
+        return _read_split(config, split, tokenizer, limit)
+
+
+def _read_split(config: Config, split: str, tokenizer: Tokenizer, limit: int | None) -> EncodedSplit:
     dataset = load_task(config.task, split)  # type: ignore[arg-type]  # one of the split names, checked
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(range(limit))
@@ -52,8 +60,13 @@ def read_split(config: Config, split: str, tokenizer: Tokenizer, limit: int | No
 
 
 def generation_model(model: T5, config: Config) -> T5:
-    """A copy of the model in the number format that is evaluated, and timed."""
-    return copy.deepcopy(model).to(getattr(torch, config.evaluation.dtype)).eval()
+    """A copy of the model in the number format that is evaluated, on the device that trains; weight by weight."""
+    device, dtype = device_of(config.trainer.accelerator), getattr(torch, config.evaluation.dtype)
+    with torch.device("meta"):
+        copied = T5(model.config)
+    weights = {name: w.detach().to(device, dtype, copy=True) for name, w in model.state_dict().items()}
+    copied.load_state_dict(weights, assign=True)
+    return copied.eval()
 
 
 def evaluate_split(

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from gqa_exp.config import TrainerConfig
@@ -37,8 +38,10 @@ from gqa_exp.training.memory import training_memory
 from gqa_exp.training.state import TrainingState, save_shards
 
 Batch = dict[str, Tensor]
-FSDP = "fsdp"
-"""The strategy that divides weights, gradients and optimizer slots between ranks (torch's fully_shard)."""
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other: the first one evaluates on dev alone, which may take hours."""
+SPIKE_WINDOW = 20
+"""Steps whose mean loss is compared with that of others, to tell a divergence from a hard batch."""
 STEPS_BETWEEN_AGREEMENTS = 10
 """Several ranks ask the first one so often whether it is time to report, or to keep a state to resume from."""
 logger = logging.getLogger(__name__)
@@ -102,9 +105,15 @@ class _StepBatches(IterableDataset[Batch]):
             whole = self.recipe.batch(step)
             share = {name: tensor[rank::world] for name, tensor in whole.items()}
             if not len(share["labels"]):
-                share = {name: tensor[:1] for name, tensor in whole.items()}
-                share["labels"] = torch.full_like(share["labels"], self.pad_id)
+                share = blank({name: tensor[:1] for name, tensor in whole.items()}, self.pad_id)
             yield share
+
+
+def blank(batch: Batch, pad_id: int) -> Batch:
+    """A batch of the same shapes that counts for nothing."""
+    return {
+        name: tensor if name == "attention_mask" else torch.full_like(tensor, pad_id) for name, tensor in batch.items()
+    }
 
 
 class TextToText(L.LightningModule):
@@ -127,7 +136,7 @@ class TextToText(L.LightningModule):
         self.nll = torch.zeros(())
         """Cross-entropy of the last step, on the device."""
         self.nll_sum = torch.zeros(())
-        """Of the steps since the last report."""
+        """Of the steps since the last look for a spike."""
         self.tokens = torch.zeros((), dtype=torch.long)
         """Input and target tokens of this rank since the last report, padding not counted; on the device."""
 
@@ -170,7 +179,7 @@ class TextToText(L.LightningModule):
         for number, part in enumerate(parts, 1):
             labels = part["labels"]
             share = (labels != pad_id).sum() / total
-            with self._gradient_exchange(number == len(parts)):
+            with nullcontext() if number == len(parts) else self._without_gradient_exchange():
                 logits_BTV = self.model(part["input_ids"], self.model.shift_right(labels), part.get("attention_mask"))
                 loss, part_nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
                 self.manual_backward(loss * (share * self.trainer.world_size))  # ranks' gradients are averaged
@@ -189,7 +198,12 @@ class TextToText(L.LightningModule):
             return [batch]
         rows = max(1, self.micro_batch_tokens // (batch["input_ids"].shape[1] + batch["labels"].shape[1]))
         split = {name: torch.split(tensor, rows) for name, tensor in batch.items()}
-        return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+        parts = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
+        if self.sharded:  # every pass gathers the weights of all ranks, so all make the same number of them
+            most = torch.tensor(len(parts), device=self.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            parts += [blank(parts[0], self.model.config.pad_id)] * (int(most) - len(parts))
+        return parts
 
     def _say_memory(self, part: Batch) -> None:
         """Say what training will need of each device, before the first pass."""
@@ -215,13 +229,13 @@ class TextToText(L.LightningModule):
             torch.distributed.all_reduce(value)
         return value
 
-    def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients after the last part of a step alone, where the strategy leaves the choice."""
-        if self.sharded:
-            assert isinstance(self.model, FSDPModule)
-            self.model.set_requires_gradient_sync(wanted)
+    def _without_gradient_exchange(self) -> AbstractContextManager[None]:
+        """Spares DDP the exchange of gradients in all but the last part of a step.
+
+        With weights divided between ranks it would keep whole gradients on each, which is what dividing is to avoid.
+        """
         strategy = self.trainer.strategy
-        return nullcontext() if wanted or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
+        return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
     def capture(self) -> TrainingState:
         """The present state, to be saved or continued.
@@ -285,7 +299,7 @@ class _Watch(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TextToText)
         self.began = self.reported = self.saved = time.perf_counter()
-        self.reported_step = pl_module.step
+        self.reported_step = self.looked_step = pl_module.step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -303,6 +317,8 @@ class _Watch(L.Callback):
                 report, due = trainer.strategy.broadcast((report, due))
             else:
                 report = due = False
+        if step % SPIKE_WINDOW == 0:
+            self._look_for_spike(pl_module)
         # A state is reported before it is saved: its record is then complete, and its loss known to be finite.
         if last or evaluate or due or report:
             self._report(trainer, pl_module)
@@ -322,23 +338,19 @@ class _Watch(L.Callback):
     def _report(self, trainer: L.Trainer, module: TextToText) -> None:
         recipe, step, record = module.recipe, module.step, module.state.record
         loss, now = float(module.nll), time.perf_counter()
-        seconds, steps = now - self.reported, step - self.reported_step
-        mean = float(module.nll_sum) / max(steps, 1)
-        lowest = min(record.get("lowest_loss", math.inf), mean)
-        if not math.isfinite(loss) or mean > lowest + self.config.spike:
+        if not math.isfinite(loss):
             raise Diverged(recipe.stage, step)
-        record["lowest_loss"] = lowest
+        seconds, steps = now - self.reported, step - self.reported_step
         tokens = int(module.over_ranks(module.tokens))
+        module.tokens, self.reported, self.reported_step = torch.zeros_like(module.tokens), now, step
         record["tokens"] = record.get("tokens", 0) + tokens
         record["seconds"] = record.get("seconds", 0.0) + seconds
         record["loss"] = loss
         record.setdefault("curve", []).append([step, round(loss, 4)])
+        if not trainer.is_global_zero:
+            return
         rate = tokens / seconds
         left = (recipe.stop - step) * seconds / max(steps, 1)
-        if not trainer.is_global_zero:
-            module.tokens, module.nll_sum = torch.zeros_like(module.tokens), torch.zeros_like(module.nll_sum)
-            self.reported, self.reported_step = now, step
-            return
         logger.info(
             "%s: step %d/%d, loss %.3f, %.0f tokens/s, %s left",
             self.label, step, recipe.stop, loss, rate, clock(left),
@@ -346,8 +358,26 @@ class _Watch(L.Callback):
         values = {f"{recipe.stage}/loss": loss, f"{recipe.stage}/tokens_per_second": rate}
         for tracker in trainer.loggers:
             tracker.log_metrics({**values, f"{recipe.stage}/step": step})
-        self.reported, self.reported_step = now, step
-        module.tokens, module.nll_sum = torch.zeros_like(module.tokens), torch.zeros_like(module.nll_sum)
+
+    def _look_for_spike(self, module: TextToText) -> None:
+        """Compare the mean loss of a whole window of steps with the lowest one so far."""
+        mean = float(module.nll_sum) / SPIKE_WINDOW
+        whole = module.step - self.looked_step == SPIKE_WINDOW
+        module.nll_sum, self.looked_step = torch.zeros_like(module.nll_sum), module.step
+        if whole:
+            record = module.state.record
+            record["lowest_loss"] = min(record.get("lowest_loss", math.inf), mean)
+            if mean > record["lowest_loss"] + self.config.spike:
+                raise Diverged(module.recipe.stage, module.step)
+
+
+def _strategy(config: TrainerConfig) -> Strategy | str:
+    if config.strategy == "ddp":
+        return DDPStrategy(timeout=PATIENCE)
+    if config.strategy == "fsdp":
+        ranks = config.devices * config.num_nodes
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, timeout=PATIENCE)
+    return config.strategy
 
 
 def clock(seconds: float) -> str:
@@ -378,7 +408,7 @@ def train(
         The state after the last step.
 
     Raises:
-        Diverged: the loss is not finite, or rose by `config.spike` above its lowest mean between two reports.
+        Diverged: the loss is not finite, or its mean over `SPIKE_WINDOW` steps rose by `config.spike` above the lowest.
         KeyboardInterrupt: Ctrl-C; the states kept so far stay.
     """
     if state.step >= recipe.stop:
@@ -397,9 +427,7 @@ def train(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=ModelParallelStrategy(data_parallel_size=config.devices * config.num_nodes, tensor_parallel_size=1)
-            if config.strategy == FSDP
-            else config.strategy,
+            strategy=_strategy(config),
             precision=config.precision,  # type: ignore[arg-type]  # checked by our own configuration
             max_steps=recipe.stop - state.step,
             callbacks=[_Watch(label, resume_folder, config)],

@@ -16,7 +16,7 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        weights: float32, and where products are bfloat16 their copies, which autocast keeps through a pass.
+        weights: float32, and where products are bfloat16 the copies that the backward pass needs.
         gradients: float32; with DDP once more, in the buckets in which they are exchanged.
         moments: Adafactor's.
         activations: of one pass.
@@ -64,8 +64,12 @@ def training_memory(
     shapes = [parameter.shape for parameter in model.parameters()]
     parameters = sum(shape.numel() for shape in shapes)
     moments = sum(slot.numel() for shape in shapes for slot in slot_shapes(shape).values())
+    copied = parameters
+    if checkpointing:  # of one layer at a time, and of the output projection
+        stacks = sum(p.numel() for stack in (model.encoder, model.decoder) for p in stack.layers.parameters())
+        copied = stacks // (len(model.encoder.layers) + len(model.decoder.layers)) + model.embedding.weight.numel()
     return Memory(
-        weights=4.0 * parameters / shards + (2.0 * parameters if bfloat16 else 0.0),
+        weights=4.0 * parameters / shards + (2.0 * copied if bfloat16 else 0.0),
         gradients=4.0 * parameters / shards * (2 if ddp else 1),
         moments=4.0 * moments / shards,
         activations=_activations(model.config, rows, source, target, bfloat16, checkpointing),

@@ -25,7 +25,7 @@ from gqa_exp.data.corpus import (
     unigram_loss,
 )
 from gqa_exp.data.stream import TextStream, stream_identity
-from gqa_exp.data.tokenizer import Tokenizer
+from gqa_exp.data.tokenizer import Tokenizer, check_vocabulary
 from gqa_exp.errors import InputError
 from gqa_exp.host import first_process
 from gqa_exp.model import T5, T5Config
@@ -183,10 +183,7 @@ def starting_state(config: Config, tokenizer: Tokenizer, resume: Path) -> Traini
             another geometry or recipe.
     """
     geometry = T5Config.from_model_config(config.model)
-    if tokenizer.vocab_size > geometry.vocab_size:
-        raise InputError(
-            f"model.vocab_size={geometry.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ids"
-        )
+    check_vocabulary(tokenizer, geometry.vocab_size, "the embedded text's tokenizer")
     settings = {
         "text": corpus_identity(config.corpus, tokenizer),
         "pretrain": dict(vars(config.pretrain)),

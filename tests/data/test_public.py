@@ -5,12 +5,14 @@ import json
 import logging
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from gqa_exp.config import PUBLIC_TASKS, TaskConfig
 from gqa_exp.data.batching import FinetuneBatches, encode_task
+from gqa_exp.data.corpus import file_hash
 from gqa_exp.data.public import PUBLIC
 from gqa_exp.data.tasks import baseline_predictions, load_task, task_hash
 from gqa_exp.data.tokenizer import default_tokenizer
@@ -131,12 +133,17 @@ def test_documents_of_many_parts_keep_their_joints(tmp_path):
     (tmp_path / "train.tgt").write_text("All.\n", encoding="utf-8")
     assert load_task(config("multi_news", tmp_path), "train")["input"][:] == ["summarize: One. \n Two. ||||| Three."]
     (tmp_path / "train.tgt").write_text("All.\nMore.\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"train.src has 1 lines, but train.tgt has 2"):
+    file_hash.cache_clear()  # a command remembers the hashes of files
+    with pytest.raises(InputError, match=r"train.src and train.tgt differ in length: one ends before line 2"):
+        load_task(config("multi_news", tmp_path), "train")
+    (tmp_path / "train.src").write_bytes("Übel".encode("latin-1"))
+    file_hash.cache_clear()
+    with pytest.raises(InputError, match=r"train.src: cannot be read or cached \('utf-8' codec can't decode"):
         load_task(config("multi_news", tmp_path), "train")
     (tmp_path / "train.tgt").unlink()
     with pytest.raises(InputError, match=r"train.tgt is missing beside it"):
         load_task(config("multi_news", tmp_path), "train")
-    with pytest.raises(InputError, match="raw files, but none of the test split"):
+    with pytest.raises(InputError, match="no file of the test split"):
         load_task(config("multi_news", tmp_path), "test")
 
 
@@ -157,7 +164,7 @@ def test_raw_interviews_are_said_speaker_by_speaker(tmp_path):
     assert row["input"] == "summarize: HOST: Hello.\nGUEST: Good evening, Zoë."
     assert load_task(task, "dev")["input"][:] == ["summarize: HOST: Well."]
     (tmp_path / "train_val_test_split.json").unlink()
-    with pytest.raises(InputError, match=r"raw files cannot be read .* it takes news_dialogue.json and"):
+    with pytest.raises(InputError, match=r"train_val_test_split.json is missing beside it"):
         load_task(task, "train")
 
 
@@ -166,6 +173,7 @@ def test_translations(tmp_path):
         {"translation": {"de": "Guten Morgen, Zoë.", "en": "Good morning, Zoë."}},
         {"translation": {"de": "", "en": "Nothing."}},
         {"translation": {"de": "Nichts.", "en": None}},
+        {"translation": None},
     ]
     parquet(tmp_path / "de-en" / "train-00000-of-00001.parquet", rows)
     parquet(tmp_path / "fr-en" / "train-00000-of-00001.parquet", [{"translation": {"fr": "Oui", "en": "Yes"}}])
@@ -188,6 +196,7 @@ def test_questions_have_context_and_aliases(tmp_path):
         row("Where?", "Here", [], []),
         row("", "x", [], ["page"]),
         row("What?", None, [], ["page"]),
+        {"question": "Nothing known?", "question_id": "q", "entity_pages": None, "answer": None},
     ]
     parquet(tmp_path / "rc.wikipedia" / "validation-00000-of-00001.parquet", rows)
     task = config("triviaqa", tmp_path, "question: ", kind="question answering", metric="f1")
@@ -218,6 +227,47 @@ def own(tmp_path, suffix):
     else:
         jsonl(path, rows)
     return config("custom", prompt="answer: ", train_files=[str(path)], source_column="question", target_column="right")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])
+def test_outputs_stay_as_they_are_written(tmp_path, suffix):
+    """Readers that guess a column's type make other texts of numbers and dates, and nothing of NA."""
+    targets = ["2", "007", "", "2020-01-01", "NA", "None", "1e3", "true"]
+    for kept in (targets, targets[:3], ["2020-01-01", "2021-02-03"]):
+        path = tmp_path / f"{len(kept)}{suffix}"
+        rows = [{"source": f"q{n}", "target": target} for n, target in enumerate(kept)]
+        if suffix == ".csv":
+            path.write_text("source,target\n" + "".join(f"{r['source']},{r['target']}\n" for r in rows))
+        else:
+            path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
+        found = load_task(config("custom", prompt="", train_files=[str(path)]), "train")
+        assert {r["input"]: r["target"] for r in found} == {r["source"]: r["target"] for r in rows if r["target"]}
+
+
+def test_numbers_in_json_are_outputs_too(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [{"source": "1+1?", "target": 2}, {"source": "1/2?", "target": [0.5, "half"]}])
+    with pytest.raises(InputError, match=r'a.jsonl: row 2: "target" is a list, others are not'):
+        load_task(config("custom", prompt="", train_files=[str(tmp_path / "a.jsonl")]), "train")
+    jsonl(tmp_path / "a.jsonl", [{"source": "1+1?", "target": 2}, {"source": "1/2?", "target": "half"}])
+    file_hash.cache_clear()
+    found = load_task(config("custom", prompt="", train_files=[str(tmp_path / "a.jsonl")]), "train")
+    assert sorted(found["target"]) == ["2", "half"]
+
+
+def test_splits_of_one_file_have_their_own_ids(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [{"source": "q", "target": "a"}])
+    files = {"train_files": [str(tmp_path / "a.jsonl")], "test_files": [str(tmp_path / "a.jsonl")]}
+    ids = {split: load_task(config("custom", prompt="", **files), split)["id"][0] for split in ("train", "test")}
+    assert ids == {"train": "train/0", "test": "test/0"}
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    task = config("custom", prompt="", train_files=[str(tmp_path / "a.jsonl")])
+    jsonl(tmp_path / "a.jsonl", [{"source": "q", "target": "before"}])
+    assert load_task(task, "train")["target"][:] == ["before"]
+    jsonl(tmp_path / "a.jsonl", [{"source": "q", "target": "after"}])
+    file_hash.cache_clear()
+    assert load_task(task, "train")["target"][:] == ["after"]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".jsonl.gz"])
@@ -289,7 +339,16 @@ def test_bad_folders_and_files_end_in_one_clear_line(tmp_path):
     parquet(tmp_path / "train.parquet", [{"article": "", "highlights": "b"}, {"article": "a", "highlights": None}])
     refused(config("cnn_dailymail", tmp_path), "none of the 2 rows has both an input and an output")
     (tmp_path / "train.parquet").write_bytes(b"hello")
-    refused(config("cnn_dailymail", tmp_path), r"train.parquet: cannot be read \(")
+    refused(config("cnn_dailymail", tmp_path), r"train.parquet: cannot be read or cached \(")
+    jsonl(tmp_path / "other" / "train.jsonl", [{"article": "a", "highlight": "b"}])
+    refused(
+        config("cnn_dailymail", tmp_path / "other"), 'train.jsonl: no column "highlights"; did you mean "highlight"'
+    )
+    (tmp_path / "other" / "train.jsonl").write_text("hello\n")
+    refused(config("cnn_dailymail", tmp_path / "other"), r"train.jsonl: cannot be read or cached \(Expecting value")
+    for name in ("1.0.0", "2.0.0"):
+        parquet(tmp_path / "two" / name / "train.parquet", [{"article": "a", "highlights": "b"}])
+    refused(config("cnn_dailymail", tmp_path / "two"), "split lie in 1.0.0, 2.0.0, none of them 3.0.0")
     refused(config("custom"), "task.train_files is empty")
     refused(config("custom", train_files=[str(tmp_path / "x.csv")]), r"task.train_files: .*x.csv: no such file")
     (tmp_path / "x.txt").touch()
@@ -301,6 +360,7 @@ def test_bad_folders_and_files_end_in_one_clear_line(tmp_path):
 
 def test_without_a_network_the_way_out_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     for name, said in (("cnn_dailymail", "abisee/cnn_dailymail"), ("multi_news", "alexfabbri/multi_news")):
         with pytest.raises(
@@ -316,6 +376,13 @@ def test_a_full_disk_is_said(monkeypatch, tmp_path):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(datasets, "load_dataset", full)
-    with pytest.raises(InputError, match=r"cannot be read or cached \(\[Errno 28\] No space left on device"):
-        load_task(config("cnn_dailymail", tmp_path), "train")
+    task, said = config("cnn_dailymail", tmp_path), r"cannot be read or cached \(\[Errno 28\] No space left on device"
+    examples = load_task(task, "train")
+    for owner, name in ((datasets, "load_dataset"), (datasets.Dataset, "map")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(InputError, match=said):
+                load_task(task, "train")
+            if name == "map":
+                with pytest.raises(InputError, match=said):
+                    encode_task(examples, default_tokenizer(), 64, 16)

@@ -95,7 +95,13 @@ def test_the_identity_follows_names_and_sizes(folder, tmp_path):
     for path in folder.glob("*train*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert stream_identity(config(tmp_path), TOKENIZER) == first
-    (tmp_path / "c4-train.00000-of-01024.json.gz").unlink()
+    path = tmp_path / "c4-train.00000-of-01024.json.gz"
+    data = path.read_bytes()
+    path.write_bytes(data + b"\0")
+    assert stream_identity(config(tmp_path), TOKENIZER) != first
+    path.write_bytes(data)
+    assert stream_identity(config(tmp_path), TOKENIZER) == first
+    path.unlink()
     assert stream_identity(config(tmp_path), TOKENIZER) != first
     assert len(c4_files(CorpusConfig(name="c4"))) == 1024
 
@@ -103,12 +109,15 @@ def test_the_identity_follows_names_and_sizes(folder, tmp_path):
 def test_what_is_wrong_is_said_in_one_line(tmp_path, folder):
     with pytest.raises(InputError, match=r"no files named like c4-train"):
         TextStream(config(tmp_path), TOKENIZER, 0, 1)
+    with pytest.raises(InputError, match="a run over 2 lanes of the corpus cannot go on over 8"):
+        TextStream(config(folder), TOKENIZER, 0, 8, positions={"0": [0, 0, 0], "1": [0, 0, 0]})
     with pytest.raises(InputError, match="3 ranks cannot share the 8 lanes"):
         TextStream(config(folder), TOKENIZER, 0, 8).batch(0, 0, 3)
     path = tmp_path / "c4-train.00000-of-00001.json"
     for text, said in (
         ('{"text": "a"}\nhello\n', r"json: line 2 is no JSON object"),
         ('{"txt": "a"}\n', r"json: line 1 is no JSON object with a \"text\" \('text'\)"),
+        ('{"text": null}\n', r"json: line 1 is no JSON object with a \"text\" \(text is None"),
         ("", "no documents"),
     ):
         path.write_text(text)

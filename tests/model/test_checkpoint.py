@@ -288,6 +288,15 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tiny_model, tmp_path, monkeypatch)
     assert "\n" not in str(raised.value)
 
 
+def test_a_hub_repository_without_safetensors_says_how_to_make_them(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds no safetensors.*from_pretrained\(\"google/t5\"\).save_pretrained"):
+        load_hf("google/t5")
+
+
 MEMORY = """
 import re, sys, threading, time
 import torch, safetensors.torch
@@ -352,6 +361,7 @@ def test_reads_in_bfloat16(tiny_model, tmp_path):
         ({"d_ff": 29}, "weight .*wi_0.* has shape"),
         ({"num_layers": 3}, "weight encoder.layers.2.* is missing"),
         ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\] must be one id"),
     ],
 )
 def test_other_transformers_folders_are_refused(tiny_model, tmp_path, changes, message):
@@ -359,6 +369,12 @@ def test_other_transformers_folders_are_refused(tiny_model, tmp_path, changes, m
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(InputError, match=message):
         load_hf(tmp_path)
+
+
+def test_special_ids_that_are_null_are_t5s(tiny_model, tmp_path):
+    save_hf(tiny_model(), tmp_path)
+    edit_json(tmp_path / "config.json", decoder_start_token_id=None, pad_token_id=None, eos_token_id=None)
+    assert_same(load_hf(tmp_path), tiny_model())
 
 
 def test_an_output_matrix_that_is_missing_is_said(tiny_model, tmp_path):

@@ -194,6 +194,30 @@ def test_a_base_of_transformers_gives_what_the_same_weights_of_ours_give(make_co
     assert theirs.stages["base"] != ours.stages["base"]
 
 
+def test_the_steps_of_a_base_of_transformers_are_part_of_its_conversion(make_config: Make, tmp_path: Path) -> None:
+    save_hf(T5(T5Config.from_model_config(make_config().model)), tmp_path / "theirs")
+    keys = set()
+    for steps in (20, 40):
+        config = make_config(num_kv_heads=1)
+        config.model.base, config.model.steps = str(tmp_path / "theirs"), steps
+        keys.add(pipeline(config).convert_stage.key)
+    assert len(keys) == 2
+
+
+def test_a_longer_uptraining_of_a_diverged_one_has_diverged(make_config: Make) -> None:
+    short, long = (pipeline(make_config(num_kv_heads=1, proportion=proportion)) for proportion in (0.1, 0.2))
+    assert short.uptrain_stage is not None
+    assert long.uptrain_stage is not None
+
+    def diverge(folder: Path) -> dict[str, object]:
+        raise Diverged("uptrain", 21)
+
+    with pytest.raises(Diverged):
+        short.store.obtain(short.uptrain_stage, diverge)
+    with pytest.raises(Diverged, match="step 21"):
+        long.obtain(long.uptrain_stage)
+
+
 def test_what_a_base_of_transformers_does_not_say_is_asked_for(make_config: Make, tmp_path: Path) -> None:
     config = make_config()
     save_hf(T5(T5Config.from_model_config(config.model)), tmp_path / "theirs")
@@ -202,11 +226,11 @@ def test_what_a_base_of_transformers_does_not_say_is_asked_for(make_config: Make
         pipeline(config)
     config.model.steps = 20
     config.model.vocab_size = 32128
-    with pytest.raises(InputError, match=r"no tokenizer .* has 8192 ids, which does not fit a model of 32128"):
+    with pytest.raises(InputError, match=r"no tokenizer .* has 8192 ids, which does not fit model.vocab_size=32128"):
         _ = pipeline(config).tokenizer
     config.model.vocab_size = 8100
     shutil.copyfile(TOKENIZER, tmp_path / "theirs" / "spiece.model")
-    with pytest.raises(InputError, match=r"its tokenizer has 8192 ids, which does not fit a model of 8100"):
+    with pytest.raises(InputError, match=r"its tokenizer has 8192 ids, which does not fit model.vocab_size=8100"):
         _ = pipeline(config).tokenizer
 
 

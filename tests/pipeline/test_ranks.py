@@ -19,13 +19,16 @@ from gqa_exp.results import read_frame
 SCRIPT = Path(__file__).with_name("one_rank.py")
 
 
-def test_two_processes_compute_the_point_of_one(make_config: Callable[..., Config], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_compute_the_point_of_one(
+    strategy: str, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     config = make_config(num_kv_heads=1, proportion=0.2)
     config.finetune.dropout = 0.0  # each rank draws its own
     alone = run_point(config, Plan([config], store_of(config)))
     config = make_config(num_kv_heads=1, proportion=0.2, output=str(tmp_path / "together"))
     config.finetune.dropout = 0.0
-    config.trainer.strategy, config.trainer.devices = "ddp", 2
+    config.trainer.strategy, config.trainer.devices, config.trainer.micro_batch_tokens = strategy, 2, 48
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -42,6 +45,7 @@ def test_two_processes_compute_the_point_of_one(make_config: Callable[..., Confi
     store = store_of(config).root
     left = {path.relative_to(store) for name in ("uptrain", "finetune") for path in (store / name).iterdir()}
     assert len(left) == 2, "what a rank wrote aside was left behind"
+    assert not list((store / "locks").glob("*.begun"))
 
 
 def test_several_devices_need_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +56,5 @@ def test_several_devices_need_several_processes(monkeypatch: pytest.MonkeyPatch)
         check_launch(TrainerConfig(devices=4, num_nodes=2))
     monkeypatch.setenv("WORLD_SIZE", "8")
     check_launch(TrainerConfig(devices=4, num_nodes=2))
+    with pytest.raises(InputError, match=r"trainer.devices=1 on 1 node\(s\) needs 1 processes, not 8"):
+        check_launch(TrainerConfig())

@@ -1,6 +1,6 @@
 """A training run in a script of its own, since Lightning starts the other ranks by running the script again.
 
-python tests/training/parallel.py FOLDER STRATEGY DEVICES
+python tests/training/parallel.py FOLDER STRATEGY DEVICES [START]
 """
 
 import json
@@ -44,10 +44,12 @@ def main() -> None:
         compile=False,
         report_seconds=0.0,
         checkpoint_minutes=0.0,
+        micro_batch_tokens=40 if devices > 1 else None,  # parts of two rows or one: of different numbers on the ranks
     )
     recipe = Recipe("pretrain", 0, batch, lambda step: 0.02, stop=STEPS)
     kept = folder / f"{strategy} kept"  # anew after every step but the last
-    state = train(TrainingState(T5(GEOMETRY)), recipe, config, label=strategy, resume_folder=kept)
+    start = TrainingState.load(Path(sys.argv[4])) if len(sys.argv) > 4 else TrainingState(T5(GEOMETRY))
+    state = train(start, recipe, config, label=strategy, resume_folder=kept)
     spread = torch.distributed.is_initialized()
     if not spread or torch.distributed.get_rank() == 0:
         state.save(folder / strategy)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,26 +19,28 @@ from gqa_exp.training.state import TrainingState, save_shards
 SCRIPT = Path(__file__).with_name("parallel.py")
 
 
-def run(folder: Path, strategy: str, devices: int) -> tuple[list[list[float]], TrainingState]:
-    words = [sys.executable, str(SCRIPT), str(folder), strategy, str(devices)]
+def run(folder: Path, strategy: str, devices: int, *start: Path) -> tuple[dict[str, Any], TrainingState]:
+    words = [sys.executable, str(SCRIPT), str(folder), strategy, str(devices), *map(str, start)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((folder / f"{strategy}.json").read_text())
     assert record["ranks"] == devices
-    return record["curve"], TrainingState.load(folder / strategy)
+    return record, TrainingState.load(folder / strategy)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[float]], TrainingState]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], TrainingState]:
     return run(tmp_path_factory.mktemp("alone"), "auto", 1)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_follow_the_curve_of_one(
-    strategy: str, alone: tuple[list[list[float]], TrainingState], tmp_path: Path
+    strategy: str, alone: tuple[dict[str, Any], TrainingState], tmp_path: Path
 ) -> None:
-    expected, of_one = alone
-    found, of_two = run(tmp_path, strategy, 2)
+    (record, of_one), expected = alone, alone[0]["curve"]
+    together, of_two = run(tmp_path, strategy, 2)
+    found = together["curve"]
+    assert together["tokens"] == record["tokens"]
     assert [step for step, _ in found] == list(range(1, 51))
     assert expected[0][1] - expected[-1][1] > 0.5, "the run must learn something"
     apart = max(abs(ours - theirs) for (_, ours), (_, theirs) in zip(found, expected, strict=True))
@@ -57,10 +60,18 @@ def test_two_processes_follow_the_curve_of_one(
     resumed = TrainingState.load(kept)
     assert resumed.step == 49
     config = TrainerConfig(precision="32-true", compile=False, threads=1)
-    resumed = train(resumed, Recipe("pretrain", 0, batch, lambda step: 0.02, stop=50), config, label="resumed")
-    for ours, theirs in ((resumed.model.state_dict(), of_two.model.state_dict()), (resumed.slots, of_two.slots)):
-        for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+    same_state(train(resumed, Recipe("pretrain", 0, batch, lambda step: 0.02, stop=50), config, label="on"), of_two)
+    if strategy == "fsdp":  # and on two again
+        (tmp_path / "again").mkdir()
+        same_state(run(tmp_path / "again", strategy, 2, kept)[1], of_two)
+
+
+def same_state(ours: TrainingState, theirs: TrainingState) -> None:
+    assert ours.step == theirs.step
+    for mine, other in ((ours.model.state_dict(), theirs.model.state_dict()), (ours.slots, theirs.slots)):
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_state_with_a_missing_shard_is_refused(tmp_path: Path) -> None:
