@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass
 class CorpusConfig:
-    """Pre-training text and its span corruption (PAPER.md: 512 input / 114 target tokens, 15 % noise, mean span 3)."""
+    """Pre-training text and its span corruption (T5: 512 input / 114 target tokens, 15 % noise, mean span 3)."""
 
     name: str = "embedded"
     input_length: int = bounded(512, 8)

@@ -44,10 +44,17 @@ def close(configs: Sequence[Config], plan: Plan) -> None:
     if not points:
         logger.warning("no finished point to time")
         return
-    # The first finished point of each architecture lends its checkpoint.
+    # The first point of each architecture whose checkpoint is in the store lends it; rows may be from elsewhere.
     owners: dict[str, Pipeline] = {}
     for pipeline, _ in points:
-        owners.setdefault(pipeline.label, pipeline)
+        if pipeline.store.holds(pipeline.finetune_stage):
+            owners.setdefault(pipeline.label, pipeline)
+    missing = sorted({pipeline.label for pipeline, _ in points} - owners.keys())
+    if missing:
+        logger.warning("not timed, since the store has no checkpoint of them: %s", ", ".join(missing))
+        points = [(pipeline, row) for pipeline, row in points if pipeline.label in owners]
+    if not owners:
+        return
     with plan.stage(Stage("time", "", {})):
         record = _timing_record(first, owners)
     for pipeline, row in points:

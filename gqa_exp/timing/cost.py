@@ -246,7 +246,7 @@ def bound(work: Work, device: Device) -> Bound:
 
 
 def seconds_per_sample(work: Work, device: Device, most: int = 32) -> tuple[int, float]:
-    """What the paper reports (PAPER.md, timing): seconds per sample and device, at the largest batch that fits.
+    """What the paper reports (section 3.1): seconds per sample and device, at the largest batch that fits.
 
     Args:
         work: what is decoded; its batch size and device count play no part.

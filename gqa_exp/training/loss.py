@@ -11,7 +11,7 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor, z_loss: float, pad_id: int
     Args:
         logits_BTV: any floating dtype; computed in float32.
         labels_BT: target ids.
-        z_loss: weight of log(Z)^2, which keeps the softmax normaliser Z near 1 (PAPER.md: 1e-4).
+        z_loss: weight of log(Z)^2, which keeps the softmax normaliser Z near 1 (T5: 1e-4).
         pad_id: labels that do not count.
 
     Returns:
