@@ -1,8 +1,8 @@
 """What an output is worth: ROUGE, BLEU and TriviaQA's scores, each with what later comparisons need.
 
 The scoring choices are the defaults of the paper's authors' public T5 code; the paper itself names none, and ROUGE and
-BLEU values mean little without them. Every metric keeps, beside its value, a record per example, so that two systems can
-be compared on the same examples long after their models are gone.
+BLEU values mean little without them. Every metric keeps, beside its value, a record per example, so that two systems
+can be compared on the same examples long after their models are gone.
 
 The metrics are `evaluate.Metric` subclasses defined here, not fetched from a hub: nothing needs a network.
 """

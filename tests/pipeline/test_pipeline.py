@@ -147,6 +147,20 @@ def test_closing_times_against_mha_and_joins_rows(make_config: Make) -> None:
     assert times.stat().st_mtime_ns == before  # not timed again
 
 
+def test_rows_without_their_checkpoints_are_left_as_they_are(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(num_kv_heads=1, proportion=0.0)
+    plan = Plan([config], store_of(config))
+    run_point(config, plan)
+    shutil.rmtree(pipeline(config).store.folder(pipeline(config).finetune_stage))
+    monkeypatch.setattr("gqa_exp.pipeline.closing.time_variants", lambda *_, **__: pytest.fail("timed without weights"))
+    close([config], plan)
+    (row,) = read_results(results_folder(config))
+    assert not row.time
+    assert "the store has no checkpoint of them: MQA" in caplog.text
+
+
 def test_divergence_is_an_outcome_and_is_remembered(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(num_kv_heads=1, proportion=0.1)
     real = loop.token_loss
