@@ -154,6 +154,8 @@ class FinetuneConfig:
     steps: int = bounded(150, 0)
     batch_tokens: int = bounded(4096, 1)
     """Input plus target tokens of an optimizer step, padding included; examples of similar length share a batch."""
+    batch_examples: int | None = None
+    """Examples of an optimizer step at most, as the paper's batch of 128; null: as many as there is room for."""
     lr: float = bounded(1e-3, 1e-8, 1.0)
     dropout: float = bounded(0.1, 0.0, 0.9)
     z_loss: float = bounded(1e-4, 0.0, 1.0)
@@ -402,8 +404,13 @@ def check(config: Config) -> None:
         raise InputError(
             f"task.data_dir={task.data_dir} has no meaning for task {task.name}; it is for public data sets"
         )
-    if config.trainer.micro_batch_tokens is not None and config.trainer.micro_batch_tokens < 1:
-        raise InputError(f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} must be 1 or more, or null")
+    trainer, finetune = config.trainer, config.finetune
+    for name, value in (
+        ("trainer.micro_batch_tokens", trainer.micro_batch_tokens),
+        ("finetune.batch_examples", finetune.batch_examples),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be 1 or more, or null")
     if config.corpus.data_dir is not None and config.corpus.name != C4:
         raise InputError(f"corpus.data_dir={config.corpus.data_dir} has no meaning for corpus {config.corpus.name}")
     if config.corpus.files and config.corpus.name == C4:

@@ -63,11 +63,15 @@ def check_launch(config: TrainerConfig) -> None:
     wanted = config.devices * config.num_nodes
     slurm = os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None
     started = int(os.environ.get("WORLD_SIZE") or slurm or 1)
+    if os.environ.get("TORCHELASTIC_RUN_ID") == "none":  # torchrun's default
+        raise InputError(
+            "torchrun gave the run no name, by which its ranks know each other; add --standalone or --rdzv-id"
+        )
     if started != wanted:
         raise InputError(
             f"trainer.devices={config.devices} on {config.num_nodes} node(s) needs {wanted} processes, not {started}; "
-            f"start them by torchrun --nproc-per-node {config.devices} -m gqa_exp.run ... (with --nnodes), or by "
-            "srun --kill-on-bad-exit"
+            f"start them by torchrun --standalone --nproc-per-node {config.devices} -m gqa_exp.run ... (on several "
+            "nodes: --nnodes and --rdzv-id), or by srun --kill-on-bad-exit"
         )
 
 

@@ -4,6 +4,7 @@ Batches are counted in tokens, not examples, so that a step costs the same whate
 similar length share one. Every batch is a pure function of (seed, step), so fine-tuning can resume anywhere.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 
 from gqa_exp.data.tokenizer import PAD_ID, Tokenizer
@@ -38,15 +40,14 @@ def on_disk(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
-    except Exception as error:  # of several libraries, which wrap what went wrong
-        cause: BaseException = error
-        while cause.__cause__ is not None:
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cause: BaseException = error  # the libraries wrap what went wrong
+        while cause.__cause__ is not None and not isinstance(cause, InputError):
             cause = cause.__cause__
         if isinstance(cause, InputError):
             raise cause from error
-        raise InputError(f"{where}: cannot be read or cached ({one_line(cause)[:200]})") from error
+        hint = "; free space, or set HF_HOME to another disk" if getattr(cause, "errno", None) == errno.ENOSPC else ""
+        raise InputError(f"{where}: cannot be read or cached ({one_line(cause)[:200]}){hint}") from error
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,12 @@ def pad_batch(rows: Sequence[Sequence[int]], multiple: int = 1) -> torch.Tensor:
 
 
 def bucketed_batches(
-    lengths: Sequence[tuple[int, int]], batch_tokens: int, seed: int, epoch: int, multiple: int = 32
+    lengths: Sequence[tuple[int, int]],
+    batch_tokens: int,
+    seed: int,
+    epoch: int,
+    multiple: int = 32,
+    most: int | None = None,
 ) -> list[list[int]]:
     """Share out the examples of one epoch.
 
@@ -152,6 +158,7 @@ def bucketed_batches(
         seed: with `epoch`, decides order and who shares a batch.
         epoch: counted from 0.
         multiple: to what lengths are rounded; a larger one makes fewer distinct shapes.
+        most: examples of a batch at most; None: as many as there is room for.
 
     Returns:
         Indices of the examples of each batch; every example in exactly one.
@@ -165,7 +172,8 @@ def bucketed_batches(
     width = (0, 0)
     for index in sorted(map(int, rng.permutation(len(sizes))), key=sizes.__getitem__):
         grown = max(width[0], sizes[index][0]), max(width[1], sizes[index][1])
-        if batches and sum(grown) * (len(batches[-1]) + 1) <= batch_tokens:
+        has_place = bool(batches) and (most is None or len(batches[-1]) < most)
+        if has_place and sum(grown) * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(index)
             width = grown
         elif sum(sizes[index]) <= batch_tokens:
@@ -189,6 +197,7 @@ class FinetuneBatches:
         seed: of the order.
         multiple: to what padded lengths are rounded.
         lengths: tokens of each example's input and target, where they are known; else they are counted.
+        most: examples of a batch at most; None: as many as there is room for.
 
     Raises:
         InputError: no examples, or one that alone is beyond the budget.
@@ -202,6 +211,7 @@ class FinetuneBatches:
         seed: int,
         multiple: int = 32,
         lengths: Sequence[tuple[int, int]] | None = None,
+        most: int | None = None,
     ) -> None:
         if not len(inputs):
             raise InputError("there are no examples to train on")
@@ -209,7 +219,9 @@ class FinetuneBatches:
         self.targets = targets
         self.multiple = multiple
         known = lengths or [(len(i), len(t)) for i, t in zip(inputs, targets, strict=True)]
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: bucketed_batches(known, batch_tokens, seed, epoch, multiple))
+        self._epoch = lru_cache(maxsize=2)(
+            lambda epoch: bucketed_batches(known, batch_tokens, seed, epoch, multiple, most)
+        )
         self.steps_per_epoch = len(self._epoch(0))
 
     def indices(self, step: int) -> list[int]:

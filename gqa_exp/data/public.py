@@ -5,6 +5,8 @@ A data set comes by its hub id, or from `task.data_dir`: the files of its hub re
 script, its Parquet conversion or the raw files. Rows without input or output are left out, counted and logged.
 """
 
+import csv
+import errno
 import hashlib
 import json
 import logging
@@ -158,7 +160,11 @@ PUBLIC = {
     "arxiv": PublicTask("ccdv/arxiv-summarization", "document", _ARTICLES, _summary(*_ARTICLES)),
     "pubmed": PublicTask("ccdv/pubmed-summarization", "document", _ARTICLES, _summary(*_ARTICLES)),
     "mediasum": PublicTask(
-        "ccdv/mediasum", "document", _DOCUMENTS, _summary(*_DOCUMENTS), RawForm(_mediasum_files, _mediasum_rows)
+        "ccdv/mediasum",
+        "newline_prepended",
+        _DOCUMENTS,
+        _summary(*_DOCUMENTS),
+        RawForm(_mediasum_files, _mediasum_rows),
     ),
     "multi_news": PublicTask(
         "alexfabbri/multi_news",
@@ -354,28 +360,76 @@ def _read(files: Sequence[Path], columns: Sequence[str]) -> datasets.Dataset:
         raise InputError(f"{files[0]}: files must be of one of the formats {', '.join(READERS)}")
     kind, where = formats.pop(), str(files[0])
     if kind == "json":
-        return _cached(_json_rows, {"files": tuple(files), "columns": tuple(columns)}, files, where)
-    as_written = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
-    settings: dict[str, Any] = as_written if kind == "csv" else {}
+        with on_disk(where):
+            kinds = _json_kinds(files, columns)
+        return _cached(_json_rows, {"files": tuple(files), "columns": tuple(columns)}, files, where, kinds)
+    settings: dict[str, Any] = {}
     with on_disk(where):
-        return datasets.load_dataset(kind, data_files=[str(path) for path in files], split="train", **settings)
+        if kind == "csv":
+            for path in files:
+                with _open(path) as lines:
+                    _check_columns(str(path), columns, next(csv.reader(lines), []))
+            settings = {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "usecols": list(columns)}
+        # By content: what `datasets` goes by is a file's place and time.
+        name = _fingerprint([PUBLIC_VERSION, kind, *columns, *map(file_hash, files)])
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "gqa_exp" / name
+        paths = [str(path) for path in files]
+        rows = datasets.load_dataset(kind, data_files=paths, split="train", cache_dir=str(folder), **settings)
+        rows._fingerprint = name
+        return rows
+
+
+def _open(path: Path) -> Any:
+    """A text file, compressed or not, with or without a byte order mark."""
+    return fsspec.open(str(path), "rt", compression="infer", encoding="utf-8-sig", newline="")
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    """The objects of JSON lines, or of a list of them."""
+    with _open(path) as lines:
+        whole = next(filter(str.strip, lines), "").lstrip().startswith("[")
+        lines.seek(0)
+        yield from json.load(lines) if whole else map(json.loads, filter(str.strip, lines))
+
+
+def _json_kinds(files: Sequence[Path], columns: Sequence[str]) -> datasets.Features | None:
+    """Of columns of texts, or of lists of them, which it is; None where one is nested otherwise.
+
+    Raises:
+        InputError: the first row lacks a column, or there is no row.
+    """
+    unknown, kinds = set(columns), {}
+    for path in files:
+        for number, row in enumerate(_objects(path)):
+            if not number:
+                _check_columns(str(path), columns, row)
+            for name in list(unknown):
+                if row.get(name) is not None:
+                    kinds[name] = type(_plain(row[name]))
+                    unknown.discard(name)
+            if not unknown:
+                break
+        if not unknown:
+            break
+    if not kinds:
+        raise InputError(f"{files[0]}: no row has {' or '.join(columns)}")
+    text = datasets.Value("string")
+    known: dict[type, Any] = {str: text, list: datasets.List(text)}
+    if not set(kinds.values()) <= known.keys():
+        return None
+    return datasets.Features({name: known[kinds.get(name, str)] for name in columns})
 
 
 def _json_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The columns of JSON lines, or of a list of objects; the first row must have them all."""
+    """The columns of every row; each column of one kind throughout."""
     kinds: dict[str, type] = {}
     for path in files:
-        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as lines:
-            whole = lines.read(1) == "["
-            lines.seek(0)
-            for number, row in enumerate(json.load(lines) if whole else map(json.loads, filter(str.strip, lines)), 1):
-                if not kinds:
-                    _check_columns(str(path), columns, row)
-                values = {name: _plain(row.get(name)) for name in columns}
-                for name, value in values.items():
-                    if value is not None and kinds.setdefault(name, type(value)) is not type(value):
-                        raise InputError(f'{path}: row {number}: "{name}" is a {type(value).__name__}, others are not')
-                yield values
+        for number, row in enumerate(_objects(path), 1):
+            values = {name: _plain(row.get(name)) for name in columns}
+            for name, value in values.items():
+                if value is not None and kinds.setdefault(name, type(value)) is not type(value):
+                    raise InputError(f'{path}: row {number}: "{name}" is a {type(value).__name__}, others are not')
+            yield values
 
 
 def _check_columns(where: str, columns: Sequence[str], known: Collection[str]) -> None:
@@ -393,7 +447,11 @@ def _plain(value: Any) -> Any:
 
 
 def _cached(
-    rows: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any], files: Sequence[Path], where: str
+    rows: Callable[..., Iterator[dict[str, Any]]],
+    arguments: dict[str, Any],
+    files: Sequence[Path],
+    where: str,
+    features: datasets.Features | None = None,
 ) -> datasets.Dataset:
     """Rows that Python reads, from the cache of `datasets` where the files' content is known.
 
@@ -402,7 +460,7 @@ def _cached(
     facts = [PUBLIC_VERSION, rows.__name__, str(arguments.get("split")), arguments.get("columns")]
     name = _fingerprint([*facts, *map(file_hash, files)])
     with on_disk(where):
-        return datasets.Dataset.from_generator(rows, gen_kwargs=arguments, fingerprint=name)
+        return datasets.Dataset.from_generator(rows, features, gen_kwargs=arguments, fingerprint=name)
 
 
 def _from_hub(task: PublicTask, split: Split) -> tuple[str, datasets.Dataset]:
@@ -413,7 +471,13 @@ def _from_hub(task: PublicTask, split: Split) -> tuple[str, datasets.Dataset]:
             converted = f"hf://datasets/{task.hub_id}@refs/convert/parquet/{task.config}/{name}/*.parquet"
             return task.hub_id, datasets.load_dataset("parquet", data_files=converted, split="train")
         return task.hub_id, datasets.load_dataset(task.hub_id, task.config, split=name)
+    except InputError:
+        raise
     except Exception as error:  # of several libraries
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise InputError(
+                f"{task.hub_id}: cannot be cached ({one_line(error)}); free space, or set HF_HOME"
+            ) from error
         raise InputError(
             f"{task.hub_id}: not to be had from the Hugging Face hub ({one_line(error)[:120]}); download the files of "
             f"its {task.config} configuration{' (Parquet conversion or raw)' if task.raw else ''} into a folder, "

@@ -84,7 +84,7 @@ class Lane:
             parts.append(part)
             count -= len(part)
             self.position = Position(file, document, start + len(part))
-            if self.position.token == len(ids):
+            if self.position.token >= len(ids):
                 self._buffer.popleft()
                 self.position = Position(file, document + 1, 0)
         return np.concatenate(parts)
@@ -141,7 +141,7 @@ class TextStream:
         tokenizer: makes the ids.
         seed: of the files' order and the noise.
         batch_size: windows per step, of all ranks together.
-        positions: of lanes by number, to go on from; lanes without one begin at their first file.
+        positions: to go on from; those of other files, or of another order of them, do not count.
 
     Raises:
         InputError: what `c4_files` refuses; or lengths that do not belong together.
@@ -153,19 +153,17 @@ class TextStream:
         tokenizer: Tokenizer,
         seed: int,
         batch_size: int,
-        positions: Mapping[str, Sequence[int]] | None = None,
+        positions: Mapping[str, Any] | None = None,
     ) -> None:
         self.counts = checked_lengths(config, tokenizer)
         self.tokenizer, self.seed, self.batch_size = tokenizer, seed, batch_size
         files = c4_files(config)
         order = np.random.default_rng([seed, FILE_ORDER]).permutation(len(files))
         self.lanes = 2 ** int(np.log2(min(LANES, batch_size, len(files))))
-        if positions and len(positions) != self.lanes:
-            raise InputError(
-                f"a run over {len(positions)} lanes of the corpus cannot go on over {self.lanes}; keep "
-                "pretrain.batch_size and the files as they were"
-            )
-        begin = {int(lane): Position(*position) for lane, position in (positions or {}).items()}
+        self.identity = f"{stream_identity(config, tokenizer)[:16]}-{seed}-{self.lanes}"
+        known = dict(positions or {})
+        same = known.pop("of", None) == self.identity
+        begin = {int(lane): Position(*position) for lane, position in known.items()} if same else {}
         self._files = [[files[i] for i in order[lane :: self.lanes]] for lane in range(self.lanes)]
         self._begin = [begin.get(lane, Position(0, 0, 0)) for lane in range(self.lanes)]
         self._lanes: dict[int, Lane] = {}
@@ -203,7 +201,8 @@ class TextStream:
 
     def positions(self, step: int) -> dict[str, Any]:
         """Where this rank's lanes stand when so many steps are done, for `positions` of a later stream."""
-        return {lane: list(position) for lane, position in self._after.get(step, {}).items()}
+        lanes = {lane: list(position) for lane, position in self._after.get(step, {}).items()}
+        return {"of": self.identity, **lanes}
 
     def _lane(self, number: int) -> Lane:
         if number not in self._lanes:

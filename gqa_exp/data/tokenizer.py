@@ -226,7 +226,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
         InputError: it has more ids than the model, or so few that it must belong to another.
     """
     if not 0 <= vocab_size - tokenizer.vocab_size < VOCABULARY_ROUNDED_TO:
-        raise InputError(f"{what} has {tokenizer.vocab_size} ids, which does not fit model.vocab_size={vocab_size}")
+        raise InputError(
+            f"{what} has {tokenizer.vocab_size} ids, which does not fit model.vocab_size={vocab_size}; a model needs "
+            "the tokenizer that it was trained with, beside its weights"
+        )
 
 
 def default_tokenizer() -> Tokenizer:

@@ -44,19 +44,14 @@ def close(configs: Sequence[Config], plan: Plan) -> None:
     if not points:
         logger.warning("no finished point to time")
         return
-    # The first point of each architecture whose checkpoint is in the store lends it; rows may be from elsewhere.
+    # The first point of each architecture lends its checkpoint; where rows are from elsewhere, one that has it.
     owners: dict[str, Pipeline] = {}
-    for pipeline, _ in points:
-        if pipeline.store.holds(pipeline.finetune_stage):
-            owners.setdefault(pipeline.label, pipeline)
-    missing = sorted({pipeline.label for pipeline, _ in points} - owners.keys())
-    if missing:
-        logger.warning("not timed, since the store has no checkpoint of them: %s", ", ".join(missing))
-        points = [(pipeline, row) for pipeline, row in points if pipeline.label in owners]
-    if not owners:
-        return
+    for pipeline, _ in sorted(points, key=lambda point: not point[0].store.holds(point[0].finetune_stage)):
+        owners.setdefault(pipeline.label, pipeline)
     with plan.stage(Stage("time", "", {})):
         record = _timing_record(first, owners)
+    if record is None:
+        return
     for pipeline, row in points:
         if row.stages.get("time") == record["key"]:
             continue
@@ -68,8 +63,11 @@ def close(configs: Sequence[Config], plan: Plan) -> None:
         write_result(results_folder(first), row)
 
 
-def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any]:
-    """The timing job's file, measured unless there is one of the same architectures, settings and hardware."""
+def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any] | None:
+    """The timing job's file, measured unless there is one of the same architectures, settings and hardware.
+
+    None where there is none, and the store lacks the checkpoint of one of them.
+    """
     facts = {
         "version": TIME_VERSION,
         "hardware": hardware_id(config.timing.device),
@@ -82,6 +80,10 @@ def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any
         logger.info("times of these architectures on this hardware: in the store")
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record
+    missing = [label for label, owner in owners.items() if not owner.store.holds(owner.finetune_stage)]
+    if missing:
+        logger.warning("not timed, since the store has no checkpoint of %s", ", ".join(missing))
+        return None
     models = {label: load(owner.store.folder(owner.finetune_stage)) for label, owner in owners.items()}
     if REFERENCE not in models:  # a single point: MHA is the base itself
         models[REFERENCE] = load_any(next(iter(owners.values())).base)

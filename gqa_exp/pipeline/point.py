@@ -91,6 +91,7 @@ def run_point(config: Config, plan: Plan) -> Result:
         if known.status != "failed":
             logger.info("%s %g %s: in the store", known.label, known.proportion, known.task)
             return known
+    pipeline.check_data()
     proportion = f"{config.proportion:g}"
     name = f"{result.label} {proportion} {config.task.name} seed {config.seed}"
     tags = [result.label, f"proportion={proportion}", config.task.name]

@@ -19,7 +19,8 @@ import pandas as pd
 from lightning.pytorch.loggers import Logger
 
 from gqa_exp.config import CORPUS_PATHS, TASK_PATHS, Config, PretrainConfig, kv_heads_per_layer, variant_label
-from gqa_exp.data.tasks import baseline_predictions, task_hash
+from gqa_exp.data.public import KNOWN
+from gqa_exp.data.tasks import baseline_predictions, load_task, task_hash
 from gqa_exp.data.tokenizer import FILES as TOKENIZER_FILES
 from gqa_exp.data.tokenizer import Tokenizer, check_vocabulary, default_tokenizer
 from gqa_exp.errors import InputError
@@ -222,6 +223,17 @@ class Pipeline:
         """The stages that the point needs, in order; the base exists already."""
         chain = [self.convert_stage, self.uptrain_stage, self.finetune_stage, self.evaluate_stage]
         return [stage for stage in chain if stage is not None]
+
+    def check_data(self) -> None:
+        """Read the examples of a task on other than the embedded text before hours are spent on what they are for.
+
+        Raises:
+            InputError: a file is missing or cannot be read, a column is missing, or no row can be used.
+        """
+        task = self.config.task
+        if task.name in KNOWN and not self.store.holds(self.evaluate_stage):
+            for split in dict.fromkeys(("train", "dev", self.config.evaluation.split)):
+                load_task(task, split)  # type: ignore[arg-type]  # one of the split names, checked
 
     # -- computation ---------------------------------------------------------------------------------------------------
 

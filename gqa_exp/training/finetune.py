@@ -123,6 +123,7 @@ def finetune(
         config.seed,
         LENGTH_MULTIPLE,
         train_split.encoded.lengths,
+        settings.batch_examples,
     )
 
     def look_at_dev(now: TrainingState) -> bool:

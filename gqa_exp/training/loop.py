@@ -265,7 +265,7 @@ class TextToText(L.LightningModule):
         if self.trainer.world_size > 1:
             found *= self.trainer.world_size
             torch.distributed.all_gather_object(found, found[0])
-        self.state.record["positions"] = {lane: where for each in found for lane, where in each.items()}
+        self.state.record["positions"] = {name: where for each in found for name, where in each.items()}
 
     def keep(self, folder: Path) -> None:
         """Write the present state, to be resumed from; all ranks must call it, and each writes what it holds."""
@@ -364,6 +364,8 @@ class _Watch(L.Callback):
         mean = float(module.nll_sum) / SPIKE_WINDOW
         whole = module.step - self.looked_step == SPIKE_WINDOW
         module.nll_sum, self.looked_step = torch.zeros_like(module.nll_sum), module.step
+        if not math.isfinite(mean):
+            raise Diverged(module.recipe.stage, module.step)
         if whole:
             record = module.state.record
             record["lowest_loss"] = min(record.get("lowest_loss", math.inf), mean)

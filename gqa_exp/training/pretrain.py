@@ -80,7 +80,7 @@ def pretraining_recipe(
     tokens: Any,
     tokenizer: Tokenizer,
     stop: int,
-    positions: Mapping[str, Sequence[int]] | None = None,
+    positions: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """What pre-training does at each absolute step; uptraining continues it with a later `stop`.
 

@@ -94,6 +94,13 @@ def test_batches_hold_the_examples_and_mask_the_padding():
     assert first != second
 
 
+def test_a_batch_has_at_most_so_many_examples():
+    lengths = [(5, 3)] * 50
+    assert [len(rows) for rows in bucketed_batches(lengths, 4096, 0, 0, multiple=8)] == [50]
+    assert sorted(len(rows) for rows in bucketed_batches(lengths, 4096, 0, 0, multiple=8, most=16)) == [2, 16, 16, 16]
+    assert max(len(rows) for rows in bucketed_batches(lengths, 64, 0, 0, multiple=8, most=16)) == 4
+
+
 def test_no_examples_are_refused():
     with pytest.raises(InputError, match="no examples"):
         FinetuneBatches([], [], 1024, seed=0)

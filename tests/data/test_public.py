@@ -76,7 +76,7 @@ def arxiv(folder):
 
 def mediasum(folder):
     for split in ("train", "validation", "test"):
-        parquet(folder / "document" / split / "0000.parquet", pairs("document", "summary", id="CNN-1"))
+        parquet(folder / "newline_prepended" / split / "0000.parquet", pairs("document", "summary", id="CNN-1"))
 
 
 def multi_news(folder):
@@ -252,6 +252,27 @@ def test_numbers_in_json_are_outputs_too(tmp_path):
     file_hash.cache_clear()
     found = load_task(config("custom", prompt="", train_files=[str(tmp_path / "a.jsonl")]), "train")
     assert sorted(found["target"]) == ["2", "half"]
+
+
+def test_files_of_other_tools(tmp_path):
+    """A byte order mark, a list after white space, and columns that are empty at first or not asked for."""
+    rows = [
+        {"source": f"q{n}", "target": None if n < 1200 else "a", "note": "" if n < 1200 else n} for n in range(1201)
+    ]
+    for name, text in (
+        ("a.jsonl", "\ufeff" + "".join(json.dumps(row) + "\n" for row in rows)),
+        ("b.json", "\n  " + json.dumps(rows)),
+        (
+            "c.csv",
+            "\ufeffsource,target,note\n" + "".join(f"q{n},{'a' if n == 1200 else ''},{n}\n" for n in range(1201)),
+        ),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        found = load_task(config("custom", prompt="", train_files=[str(tmp_path / name)]), "train")
+        assert [(row["input"], row["target"]) for row in found] == [("q1200", "a")]
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(InputError, match=r"empty.jsonl: no row has source or target"):
+        load_task(config("custom", train_files=[str(tmp_path / "empty.jsonl")]), "train")
 
 
 def test_splits_of_one_file_have_their_own_ids(tmp_path):

@@ -85,9 +85,25 @@ def test_a_run_goes_on_where_it_stopped_on_other_ranks(folder):
         for rank, stream in enumerate(ranks):
             stream.batch(step, rank, 2)
     kept = json.loads(json.dumps({**ranks[0].positions(5), **ranks[1].positions(5)}))
-    assert len(kept) == 8
+    assert len(kept) == 9
     resumed = TextStream(config(folder), TOKENIZER, seed=0, batch_size=8, positions=kept)
     assert all(same(resumed.batch(step), batches[step]) for step in range(5, 9))
+
+
+def test_positions_of_another_order_or_of_other_files_do_not_count(folder, tmp_path):
+    stream = TextStream(config(folder), TOKENIZER, seed=0, batch_size=8)
+    stream.batch(0)
+    kept = stream.positions(1)
+    for changes in ({"seed": 1}, {"batch_size": 4}, {"config": config(tmp_path)}):
+        (tmp_path / "c4-train.0.jsonl").write_text(json.dumps({"text": "Other text. " * 99}) + "\n")
+        settings = {"config": config(folder), "tokenizer": TOKENIZER, "seed": 0, "batch_size": 8, **changes}
+        assert same(TextStream(**settings, positions=kept).batch(0), TextStream(**settings).batch(0))
+
+
+def test_a_position_beyond_its_document_is_that_of_the_next(folder):
+    files = c4_files(config(folder))[:1]
+    after = Lane(files, TOKENIZER, Position(0, 1, 0)).take(20)
+    assert Lane(files, TOKENIZER, Position(0, 0, 10_000)).take(20).tolist() == after.tolist()
 
 
 def test_the_identity_follows_names_and_sizes(folder, tmp_path):
@@ -109,8 +125,6 @@ def test_the_identity_follows_names_and_sizes(folder, tmp_path):
 def test_what_is_wrong_is_said_in_one_line(tmp_path, folder):
     with pytest.raises(InputError, match=r"no files named like c4-train"):
         TextStream(config(tmp_path), TOKENIZER, 0, 1)
-    with pytest.raises(InputError, match="a run over 2 lanes of the corpus cannot go on over 8"):
-        TextStream(config(folder), TOKENIZER, 0, 8, positions={"0": [0, 0, 0], "1": [0, 0, 0]})
     with pytest.raises(InputError, match="3 ranks cannot share the 8 lanes"):
         TextStream(config(folder), TOKENIZER, 0, 8).batch(0, 0, 3)
     path = tmp_path / "c4-train.00000-of-00001.json"

@@ -201,11 +201,11 @@ def test_an_output_matrix_that_transformers_tied_is_the_embedding(tiny_model, pa
         torch.testing.assert_close(model(input_ids, input_ids, mask), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.slow, id="whole")])
 @pytest.mark.parametrize("shape", ["small", "base"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
-def test_logits_of_public_shapes_equal_transformers(padded_batch, tmp_path, shape, dtype, tolerance):
-    """Two layers of them; transformers draws the weights, from std 1 for the output matrix."""
-    config = T5Config.from_model_config(read_model_config(f"t5_{shape}")).cut(2)
+def test_logits_of_public_shapes_equal_transformers(padded_batch, tmp_path, shape, dtype, tolerance, layers):
+    config = T5Config.from_model_config(read_model_config(f"t5_{shape}")).cut(layers)
     torch.manual_seed(0)
     save_hf(T5(config), tmp_path)
     reference = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
@@ -214,6 +214,8 @@ def test_logits_of_public_shapes_equal_transformers(padded_batch, tmp_path, shap
         theirs = reference(input_ids=input_ids, attention_mask=mask, decoder_input_ids=input_ids[:, :12]).logits
         ours = load_hf(tmp_path, dtype)(input_ids, input_ids[:, :12], mask)
     assert ours.dtype == theirs.dtype == dtype
+    apart = float((ours - theirs).abs().max())
+    print(f"t5_{shape}, {config.num_encoder_layers} layers, {dtype}: largest difference of a logit {apart:.1e}")
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from test_readme import HYDRA, points
 
 from gqa_exp.cli import compose
 from gqa_exp.data.embedded import TOKENIZER
@@ -17,6 +18,7 @@ from gqa_exp.model import T5, T5Config
 from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.results import read_frame
 from gqa_exp.timing.cli import read_model_config
+from gqa_exp.training.memory import training_memory
 
 
 def test_the_papers_settings_compose() -> None:
@@ -27,6 +29,34 @@ def test_the_papers_settings_compose() -> None:
     assert (pretrain.batch_size, pretrain.peak_lr, pretrain.flat_fraction) == (2048, 0.01, 0.01)
     assert (finetune.lr, finetune.dropout, finetune.batch_tokens) == (1e-3, 0.1, 128 * (512 + 256))
     assert (config.task.max_input_tokens, config.task.max_target_tokens, config.evaluation.split) == (512, 256, "dev")
+
+
+PAPER = [line for line in HYDRA if any(word.startswith("model=t5_") for word in line)]
+
+
+@pytest.mark.parametrize("line", PAPER, ids=" ".join)
+def test_what_the_readme_proposes_fits_a_device_of_80_gb(line: list[str]) -> None:
+    for overrides in points(line[1:]):
+        config = compose([each for each in overrides if not each.startswith("output=")])
+        with torch.device("meta"):
+            model = T5(T5Config.from_model_config(config.model))
+        trainer, corpus, task = config.trainer, config.corpus, config.task
+        assert trainer.micro_batch_tokens is not None
+        shapes = {"uptrain": (corpus.input_length, corpus.target_length)}
+        shapes["finetune"] = (task.max_input_tokens, task.max_target_tokens)
+        for stage, (source, target) in shapes.items():
+            memory = training_memory(
+                model,
+                max(1, trainer.micro_batch_tokens // (source + target)),
+                source,
+                target,
+                bfloat16=trainer.precision == "bf16-mixed",
+                checkpointing=trainer.gradient_checkpointing,
+                ddp=trainer.strategy == "ddp",
+                shards=trainer.devices if trainer.strategy == "fsdp" else 1,
+            )
+            print(f"{config.model.name} {stage}: {memory}")
+            assert memory.total < 75e9, f"{stage}: {memory}"
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_rows_without_their_checkpoints_are_left_as_they_are(
     close([config], plan)
     (row,) = read_results(results_folder(config))
     assert not row.time
-    assert "the store has no checkpoint of them: MQA" in caplog.text
+    assert "the store has no checkpoint of MQA" in caplog.text
 
 
 def test_divergence_is_an_outcome_and_is_remembered(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,10 +51,16 @@ def test_two_processes_compute_the_point_of_one(
 def test_several_devices_need_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     check_launch(TrainerConfig())
-    with pytest.raises(InputError, match="needs 8 processes, not 1; start them by torchrun --nproc-per-node 4"):
+    with pytest.raises(
+        InputError, match="needs 8 processes, not 1; start them by torchrun --standalone --nproc-per-node 4"
+    ):
         check_launch(TrainerConfig(devices=4, num_nodes=2))
     monkeypatch.setenv("WORLD_SIZE", "8")
     check_launch(TrainerConfig(devices=4, num_nodes=2))
     with pytest.raises(InputError, match=r"trainer.devices=1 on 1 node\(s\) needs 1 processes, not 8"):
         check_launch(TrainerConfig())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(InputError, match="add --standalone or --rdzv-id"):
+        check_launch(TrainerConfig(devices=4, num_nodes=2))

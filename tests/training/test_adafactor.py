@@ -93,6 +93,33 @@ def test_agrees_with_the_paper(shape, threshold, parameter_scale, gradient_scale
         assert "row" not in state
 
 
+@pytest.mark.parametrize(("shape", "threshold"), [((5, 8), 4), ((5, 8), 128)], ids=["factored", "unfactored"])
+def test_a_clock_that_has_run_before_goes_on(shape, threshold):
+    """Slots that bring a step count, as a base's do: the decay is that of the steps behind them."""
+    generator = np.random.default_rng(5)
+    x, factored = generator.normal(size=shape), threshold <= 5
+    reference = PaperAdafactor(x, factored)
+    reference.t = 1000
+    squares = generator.uniform(0.5, 2.0, size=shape)
+    reference.V = squares.tolist()
+    reference.R, reference.C = squares.sum(1).tolist(), squares.sum(0).tolist()
+    param = torch.nn.Parameter(torch.tensor(x, dtype=torch.float32))
+    optimizer = Adafactor([param], min_dim_size_to_factor=threshold)
+    slots = {"x.step": torch.tensor(1000)}
+    if factored:
+        slots |= {"x.row": torch.tensor(squares.mean(1)).float(), "x.col": torch.tensor(squares.mean(0)).float()}
+    else:
+        slots["x.full"] = torch.tensor(squares).float()
+    load_named_slots(optimizer, [("x", param)], slots)
+    for g, _ in zip(gradients(shape, 1, 1.0), range(8), strict=False):
+        reference.step(g, 0.01)
+        optimizer.param_groups[0]["lr"] = 0.01
+        param.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+    np.testing.assert_allclose(param.detach().numpy(), reference.x, rtol=2e-5, atol=2e-6)
+    assert np.abs(reference.x - x).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("shape", "factored"),
     [((128, 128), True), ((300, 128), True), ((127, 512), False), ((512, 127), False), ((256,), False)],
