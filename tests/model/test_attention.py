@@ -137,7 +137,8 @@ def attention_by_heads(q, k, v, bias):
     return torch.einsum("bhs,bhsk->bhk", scores.softmax(-1), v).reshape(q.shape)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+# Scores of up to 4 are rounded to bfloat16 by up to 0.016, and weights change by as much; 0.021 has been seen.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @given(
     sizes=st.tuples(
         st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 70), st.sampled_from([8, 32, 64, 128])
