@@ -95,19 +95,21 @@ def pretraining_recipe(
     """
     pretrain = config.pretrain
     flat = flat_steps(pretrain.steps, pretrain.flat_fraction)
-    recipe = Recipe(
+    text: dict[str, Any]
+    if tokens is None:
+        streamed = TextStream(config.corpus, tokenizer, seed, pretrain.batch_size, positions)
+        text = {"batch": streamed.batch, "batch_of_rank": streamed.batch, "positions": streamed.positions}
+    else:
+        stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
+        text = {"batch": lambda step: stream.batch(step, pretrain.batch_size)}
+    return Recipe(
         stage=stage,
         seed=seed,
-        batch=lambda step: {},
         learning_rate=lambda step: learning_rate(step, peak=pretrain.peak_lr, flat_steps=flat),
         stop=stop,
         z_loss=pretrain.z_loss,
+        **text,
     )
-    if tokens is None:
-        text = TextStream(config.corpus, tokenizer, seed, pretrain.batch_size, positions)
-        return replace(recipe, batch=text.batch, batch_of_rank=text.batch, positions=text.positions)
-    stream = CorpusStream(tokens, config.corpus, tokenizer, seed)
-    return replace(recipe, batch=lambda step: stream.batch(step, pretrain.batch_size))
 
 
 def heldout_sets(config: Config, tokenizer: Tokenizer, cache: Path) -> dict[str, list[Batch]]:
