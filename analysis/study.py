@@ -386,7 +386,9 @@ def time_setting(result: Result) -> TimeSetting | None:
     if device.startswith("cuda"):
         hardware = str(environment.get("gpu") or "GPU of unknown kind")
     else:
-        hardware = f"{environment.get('cpu') or 'CPU of unknown kind'}, {environment.get('threads') or '?'} threads"
+        # of the timing: what was trained beside another run had fewer (older rows do not tell the two apart)
+        threads = result.time.get("threads") or environment.get("threads") or "?"
+        hardware = f"{environment.get('cpu') or 'CPU of unknown kind'}, {threads} threads"
     batch, source, output = (
         int(number(result.time.get(name)) or 0) for name in ("batch_size", "source_length", "output_length")
     )

@@ -17,13 +17,17 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, configure_log
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gqa_exp.config import Config, check
-from gqa_exp.errors import InputError, one_line, suggest
+from gqa_exp.errors import EXIT_BAD_INPUT, InputError, one_line, suggest
 from gqa_exp.host import resolve_number_formats
+from gqa_exp.pipeline.parallel import run_points
 
 Plugins.instance()  # loads Hydra's plugins anew: a class taken from their modules before that is no longer theirs
 
@@ -31,6 +35,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # noqa: E40
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: conf/ and sweeps/ are beside the package (an editable install is the one supported way)."""
+
+PARALLEL_LAUNCHER = "hydra_plugins.gqa_exp.ParallelLauncher"
 
 sweep_points: list[Config] = []
 """The checked points of the sweep that this process runs, for planning and closing it."""
@@ -43,13 +49,15 @@ def setup() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/sweeper", name="checked", node=CheckedSweeperConfig, provider="gqa_exp")
+    store.store(group="hydra/launcher", name="parallel", node=ParallelLauncherConfig, provider="gqa_exp")
     # Hydra takes plugins from the package "hydra_plugins" alone; giving this module a second name there spares a
     # top-level folder. Other plugins may have brought the package already.
     package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     package.gqa_exp = sys.modules[__name__]  # type: ignore[attr-defined]
     sys.modules["hydra_plugins.gqa_exp"] = sys.modules[__name__]
-    CheckedSweeper.__module__ = "hydra_plugins.gqa_exp"
-    Plugins.instance().register(CheckedSweeper)
+    for plugin in (CheckedSweeper, ParallelLauncher):
+        plugin.__module__ = "hydra_plugins.gqa_exp"
+        Plugins.instance().register(plugin)
 
 
 @dataclass
@@ -100,6 +108,47 @@ class CheckedSweeper(BasicSweeper):
         for overrides in batch:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             sweep_points.append(to_config(composed))
+
+
+@dataclass
+class ParallelLauncherConfig:
+    """What may be set under `hydra.launcher` with `hydra/launcher=parallel`."""
+
+    _target_: str = PARALLEL_LAUNCHER
+    points: int | None = None
+    """How many at a time; None: one per GPU, or per CPU core."""
+
+
+class ParallelLauncher(Launcher):
+    """Runs the points of a sweep in processes of their own, several at a time: with trainer=gpu, one per GPU."""
+
+    def __init__(self, points: int | None = None) -> None:
+        """Args as `ParallelLauncherConfig`'s fields."""
+        self.points = points
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`; the task function is not used, since points run in other processes."""
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of points.
+
+        Raises:
+            InputError: as `run_points`, or one of the points was refused.
+        """
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        loader = self.hydra_context.config_loader
+        configs = [to_config(loader.load_sweep_config(self.config, list(overrides))) for overrides in job_overrides]
+        codes = run_points(configs, self.points, Path(self.config.hydra.sweep.dir) / "points")
+        returns = []
+        for overrides, code in zip(job_overrides, codes, strict=True):
+            name = " ".join(overrides)
+            if code == EXIT_BAD_INPUT:
+                raise InputError(f"{name}: refused, for the reason above; points that were not begun were left out")
+            done = JobReturn(overrides=list(overrides), status=JobStatus.FAILED if code else JobStatus.COMPLETED)
+            done.return_value = RuntimeError(f"{name}: exit code {code}; its own output says why") if code else None
+            returns.append(done)
+        return returns
 
 
 def _matches(overrides: Sequence[str], pattern: dict[str, Any]) -> bool:

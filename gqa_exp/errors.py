@@ -6,7 +6,9 @@ where, and what would be right.
 
 import argparse
 import difflib
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -53,8 +55,16 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; safetensors has it in its text alone."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's main function: `InputError` becomes one line on stderr and exit code 2, Ctrl-C exit code 1."""
+    """Wrap a command's main function.
+
+    `InputError` and a full disk become one line on stderr and exit code 2, Ctrl-C exit code 1.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -66,5 +76,15 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("interrupted; everything finished so far is kept, and the same command resumes", file=sys.stderr)
             sys.exit(1)
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            print(
+                f"error: {where}the disk is full; free space, or choose an output on another one. Everything finished "
+                "so far is kept, and the same command goes on from there",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_BAD_INPUT)
 
     return wrapped

@@ -4,6 +4,7 @@ Only the choice of a number format changes results; it is made once, before any 
 """
 
 import ctypes
+import logging
 import os
 import shutil
 import sys
@@ -35,12 +36,23 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def physical_cores() -> int:
+    """Physical cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
 def prepare(threads: int | None) -> None:
     """Set the thread count (None: this rank's share of the physical cores it may use) and the allocator."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(psutil.cpu_count(logical=False) or usable, usable)
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, physical_cores() // ranks))
     keep_freed_memory()
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries log at every turn out of a run's output; their warnings stay."""
+    for name in ("httpx", "datasets", "fontTools", "absl", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def first_process() -> bool:

@@ -155,6 +155,7 @@ TIME_FIELDS = {
     "dtype": "number format of weights, caches and arithmetic",
     "rounds": "interleaved rounds that were counted",
     "device": "device the times were taken on",
+    "threads": "CPU threads of the process that was timed",
     "compiled": "whether decode steps were compiled",
     "cross_kv": "cached: cross-attention's keys and values are computed once; recomputed: at each decode step",
     "composed": "the shortcuts by which a time was composed of timed parts (depths, steps, encoder batch), or null",

@@ -9,10 +9,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from analysis.report import write_report
-from gqa_exp.cli import run_hydra, sweep_points
+from gqa_exp.cli import PARALLEL_LAUNCHER, run_hydra, sweep_points
 from gqa_exp.config import Config
 from gqa_exp.errors import command
-from gqa_exp.host import check_launch, first_process, prepare
+from gqa_exp.host import check_launch, first_process, prepare, quiet_libraries
 from gqa_exp.pipeline.closing import close
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.point import results_folder, run_point, store_of
@@ -35,8 +35,7 @@ def run(config: Config) -> None:
     prepare(config.trainer.threads)
     if not first_process():
         logging.getLogger("gqa_exp").setLevel(logging.WARNING)
-    for name in ("httpx", "datasets", "fontTools", "absl", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_libraries()
     in_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     points = list(sweep_points) if in_sweep and sweep_points else [config]
     if config.output not in _plans:
@@ -63,10 +62,14 @@ class CloseSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra after the last point."""
         points = list(sweep_points)
-        if not points or points[0].output not in _plans:  # nothing ran here: jobs were launched elsewhere, or none
+        launched_here = config.hydra.launcher._target_ == PARALLEL_LAUNCHER
+        if not points or not (launched_here or points[0].output in _plans):  # jobs were launched elsewhere, or none
             return
         try:
-            _close(points, _plans[points[0].output])
+            if launched_here:
+                prepare(points[0].trainer.threads)
+                quiet_libraries()
+            _close(points, _plans.get(points[0].output) or Plan(points, store_of(points[0])))
         except Exception as error:
             _closing_errors.append(error)
 

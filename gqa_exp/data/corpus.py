@@ -345,6 +345,34 @@ def corpus_tokens(
     return tokens
 
 
+def corpus_files_hash(files: Sequence[str], tokenizer: Tokenizer) -> str:
+    """Content hash of the tokens that the user's text files give.
+
+    Raises:
+        InputError: as `read_text_file`.
+    """
+    digest = hashlib.sha256(tokenizer.content_hash.encode())
+    for path in files:
+        digest.update(hashlib.sha256(read_text_file(path).encode()).digest())
+    return digest.hexdigest()
+
+
+def file_tokens(files: Sequence[str], tokenizer: Tokenizer, cache_folder: str | Path) -> Ids:
+    """The user's text files as one row of tokens, each file a document; kept as `corpus_tokens` keeps its own.
+
+    Raises:
+        InputError: as `read_text_file`.
+    """
+
+    def write(file: BinaryIO) -> None:
+        np.save(file, tokenize([read_text_file(path) for path in files], tokenizer), allow_pickle=False)
+
+    named = f"{CORPUS_VERSION}-{corpus_files_hash(files, tokenizer)[:16]}"
+    path = _cached(Path(cache_folder) / f"files-{named}.npy", write)
+    tokens: Ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    return tokens
+
+
 def heldout_tokens(tokenizer: Tokenizer, cache_folder: str | Path) -> dict[str, Ids]:
     """The held-out part of the embedded corpus, source by source; see `corpus_tokens`."""
 

@@ -2,14 +2,17 @@
 
 Files are put into an order drawn from the seed and dealt to lanes in turn, and each row of a batch belongs to a lane. A
 lane reads its files one after the other, joins their documents (each closed by the end-of-sequence id) and cuts them
-into windows. Ranks share the lanes, so what is trained on does not depend on how many ranks there are. Where a lane
-stands is three numbers (file, document, token), which are kept with the training state: a run resumes where it stopped.
+into windows. Ranks share the lanes, and within a rank a few workers do, so what is trained on does not depend on how
+many there are of either. The next batch is made while a step is computed: workers are threads, since decompressing and
+tokenizing, most of the work, let others run. Where a lane stands is three numbers (file, document, token), which are
+kept with the training state: a run resumes where it stopped.
 """
 
 import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ LANES = 64
 """Most lanes; a power of two, so that any usual number of ranks divides it."""
 TOGETHER = 64
 """Documents tokenized at a time."""
+WORKERS = 8
+"""Most lanes that a rank reads at the same time."""
 FILE_ORDER = 4
 """Of the streams of random numbers in `gqa_exp.data.corpus`, the next."""
 
@@ -167,6 +172,9 @@ class TextStream:
         self._files = [[files[i] for i in order[lane :: self.lanes]] for lane in range(self.lanes)]
         self._begin = [begin.get(lane, Position(0, 0, 0)) for lane in range(self.lanes)]
         self._lanes: dict[int, Lane] = {}
+        self._workers = ThreadPoolExecutor(WORKERS, "lane")
+        self._ahead = ThreadPoolExecutor(1, "batch")
+        self._next: tuple[tuple[int, int, int], Future[Batch]] | None = None
         self._after: dict[int, dict[str, Position]] = {}
         """Where lanes stood after the latest steps: batches may be fetched ahead of the step that uses them."""
 
@@ -189,8 +197,21 @@ class TextStream:
                 f"{ranks} ranks cannot share the {self.lanes} lanes of the corpus; use a power of two, at most "
                 f"{LANES}, pretrain.batch_size and the number of files"
             )
+        asked = (step, rank, ranks)
+        if self._next is None:
+            self._next = (asked, self._ahead.submit(self._make, *asked))
+        if self._next[0] != asked:
+            raise ValueError(f"step, rank and ranks {asked} asked for, but {self._next[0]} comes next")
+        made = self._next[1].result()
+        self._next = ((step + 1, rank, ranks), self._ahead.submit(self._make, step + 1, rank, ranks))
+        return made
+
+    def _make(self, step: int, rank: int, ranks: int) -> Batch:
         rows = range(rank, self.batch_size, ranks)
-        windows = np.stack([self._lane(row % self.lanes).take(self.counts.window) for row in rows])
+        lanes = sorted({row % self.lanes for row in rows})
+        counts = [sum(row % self.lanes == lane for row in rows) for lane in lanes]
+        taken = dict(zip(lanes, self._workers.map(self._take, lanes, counts), strict=True))
+        windows = np.stack([next(taken[row % self.lanes]) for row in rows])
         masks = [
             noise_mask(self.counts, np.random.default_rng([self.seed, NOISE, step * self.batch_size + row]))
             for row in rows
@@ -204,7 +225,8 @@ class TextStream:
         lanes = {lane: list(position) for lane, position in self._after.get(step, {}).items()}
         return {"of": self.identity, **lanes}
 
-    def _lane(self, number: int) -> Lane:
-        if number not in self._lanes:
-            self._lanes[number] = Lane(self._files[number], self.tokenizer, self._begin[number])
-        return self._lanes[number]
+    def _take(self, lane: int, count: int) -> Iterator[Ids]:
+        """A lane's next windows."""
+        if lane not in self._lanes:
+            self._lanes[lane] = Lane(self._files[lane], self.tokenizer, self._begin[lane])
+        return iter([self._lanes[lane].take(self.counts.window) for _ in range(count)])

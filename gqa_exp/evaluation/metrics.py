@@ -136,8 +136,8 @@ class Bleu(TextMetric):
 class TriviaQa(TextMetric):
     """Exact match and token F1 of TriviaQA's normalised answers, each the maximum over the accepted answers.
 
-    As in T5's code, with one difference that only the odd answer made of nothing but punctuation or articles can show:
-    an empty prediction scores 0.
+    As in T5's code, its oddity included: where an accepted answer is made of nothing but punctuation or articles, an
+    empty prediction matches it exactly, with an F1 of 0.
     """
 
     def score_texts(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class TriviaQa(TextMetric):
         per_example: dict[str, list[float]] = {"exact_match": [], "f1": []}
         for prediction, texts in zip(predictions, references, strict=True):
             answer, accepted = normalize_answer(prediction), [normalize_answer(text) for text in texts]
-            per_example["exact_match"].append(100.0 * bool(prediction.strip() and answer in accepted))
+            per_example["exact_match"].append(100.0 * (answer in accepted))
             per_example["f1"].append(100.0 * max(token_f1(answer, text) for text in accepted))
         return {**means(per_example), "per_example": per_example}
 
@@ -215,7 +215,7 @@ def score(kind: str, predictions: Sequence[str], references: Sequence[Sequence[s
 
     Args:
         kind: "summarization", "translation" or "question answering".
-        predictions: one text per example; it may be empty, which scores 0.
+        predictions: one text per example; it may be empty.
         references: the accepted texts of each example, at least one.
 
     Raises:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from gqa_exp.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = 1
-EVALUATE_VERSION = 3
+EVALUATE_VERSION = 4
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
@@ -106,7 +106,8 @@ class Pipeline:
     @cached_property
     def base_key(self) -> str:
         """Content hash of the base checkpoint."""
-        return content_hash(self.base)[:16]
+        files = sorted(path for path in self.base.iterdir() if path.is_file())
+        return _content_hash(self.base, tuple((path.name, path.stat().st_mtime_ns) for path in files))[:16]
 
     @cached_property
     def base_record(self) -> dict[str, Any]:
@@ -287,19 +288,18 @@ class Pipeline:
         assert stage is not None
         converted = self.obtain(self.convert_stage)
         chain = stage.key.rpartition("-")[0]
-        shorter = [
-            path for path in (self.store.root / "uptrain").glob(f"{chain}-*") if _step_of(path) < self.uptrain_stop
-        ]
-        for path in shorter:
-            outcome = json.loads((path / STAGE_FILE).read_text(encoding="utf-8"))["outcome"]
-            if "diverged_at_step" in outcome:
+
+        def longest() -> str:
+            found = (self.store.root / "uptrain").glob(f"{chain}-*")
+            return str(max((p for p in found if _step_of(p) < self.uptrain_stop), key=_step_of, default=converted))
+
+        shorter = Path(self.store.agree(stage, longest))
+        if shorter != converted:
+            outcome = json.loads((shorter / STAGE_FILE).read_text(encoding="utf-8"))["outcome"]
+            if "diverged_at_step" in outcome:  # as every longer one of the chain has
                 raise Diverged("uptrain", outcome["diverged_at_step"])
         partial = self.store.partial(stage)
-        starts = [
-            TrainingState.load(path)
-            for path in (max(shorter, key=_step_of, default=converted), partial)
-            if path.exists()
-        ]
+        starts = [TrainingState.load(path) for path in (shorter, partial) if path.exists()]
         state = max(starts, key=lambda candidate: candidate.step)
         tokens = read_corpus(self.config.corpus, self.tokenizer, self.store.root / "cache")
         positions = state.record.get("positions")
@@ -354,13 +354,19 @@ class Pipeline:
         }
         (folder / SCORES).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         logger.info("%s: %s %.2f (%.2f to %.2f)", label, metric, scores.metrics[metric], low, high)
-        return {"seconds_generating": evaluation.seconds}
+        return {"seconds_generating": evaluation.seconds, "truncated_inputs": split.encoded.truncated_inputs}
 
 
 def example_columns(predictions: Sequence[str], scores: Scores) -> dict[str, Any]:
     """What is kept of each example: the text, and what its score is made of."""
     statistics = {} if scores.bleu_stats is None else {"bleu_stats": scores.bleu_stats}
     return {"prediction": list(predictions), **scores.per_example, **statistics}
+
+
+@lru_cache
+def _content_hash(folder: Path, stamps: tuple[tuple[str, int], ...]) -> str:
+    """Read once per process and state of the folder: a sweep has many points of one base, which may be large."""
+    return content_hash(folder)
 
 
 def _step_of(path: Path) -> int:

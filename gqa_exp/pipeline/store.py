@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from gqa_exp.errors import InputError
 from gqa_exp.host import first_process
+from gqa_exp.results import write_atomically
 from gqa_exp.timing.environment import environment
 from gqa_exp.training.loop import Diverged
 
@@ -137,6 +138,20 @@ class Store:
         run = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID"))
         return self.root / "locks" / f"{stage.name}-{stage.key}.{run}.begun"
 
+    def agree(self, stage: Stage, choose: Callable[[], str]) -> str:
+        """What the first of the ranks that compute a stage together chooses; the others wait for it, and follow.
+
+        What is in the store may change between the looks of two ranks, and what they do must not.
+        """
+        agreed = self._begun(stage).with_suffix(".agreed")
+        if first_process():
+            choice = choose()
+            write_atomically(agreed, choice)
+            return choice
+        while not agreed.exists():
+            time.sleep(0.1)
+        return agreed.read_text(encoding="utf-8")
+
     def _compute(self, stage: Stage, folder: Path, compute: Callable[[Path], dict[str, Any]]) -> None:
         aside = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
@@ -144,6 +159,7 @@ class Store:
         aside.mkdir(parents=True)
         began = time.perf_counter()
         begun = self._begun(stage)
+        begun.with_suffix(".agreed").unlink(missing_ok=True)  # of a run that was killed
         begun.touch()
         try:
             try:
@@ -164,6 +180,7 @@ class Store:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             begun.unlink(missing_ok=True)
+            begun.with_suffix(".agreed").unlink(missing_ok=True)
         for pattern in (f"{stage.name}-{stage.key}*", f".{stage.name}-{stage.key}*"):  # the latter of interrupted saves
             for leftover in (self.root / "partial").glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -133,7 +133,7 @@ def finetune(
         record.setdefault("dev_curve", []).append([now.step, round(score, 4)])
         if score > record.get("best_score", float("-inf")):
             record.update(best_score=score, best_step=now.step, stale=0)
-            TrainingState(now.model, {}, now.step).save(best_folder)
+            TrainingState(now.model, {}, now.step, {"best_score": score}).save(best_folder)
         else:
             record["stale"] += 1
         logger.info("%s: step %d, dev %s %.2f", label, now.step, config.task.metric, score)
@@ -160,6 +160,8 @@ def finetune(
     best = TrainingState.load(best_folder)
     record = {
         **final.record,
+        **best.record,  # its own score: a resumed run may have come by the same step twice, and scored it anew
+        "best_step": best.step,
         "steps": final.step,
         "truncated_inputs": train_split.encoded.truncated_inputs,
         "truncated_targets": train_split.encoded.truncated_targets,

@@ -1,6 +1,5 @@
 """Pre-training of a multi-head base on a corpus, and uptraining, which is the same thing from a later step on."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +14,13 @@ from lightning.pytorch.loggers import Logger
 from gqa_exp.config import C4, CORPUS_PATHS, Config, CorpusConfig
 from gqa_exp.data.corpus import (
     CorpusStream,
+    corpus_files_hash,
     corpus_hash,
     corpus_tokens,
     corrupted_lengths,
+    file_tokens,
     heldout_batches,
     heldout_tokens,
-    read_text_file,
-    tokenize,
     unigram_loss,
 )
 from gqa_exp.data.stream import TextStream, stream_identity
@@ -52,7 +51,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, cache: Path) -> Any:
     if config.name == C4:
         return None
     if config.files:
-        return tokenize([read_text_file(path) for path in config.files], tokenizer)
+        return file_tokens(config.files, tokenizer, cache)
     return corpus_tokens("train", tokenizer, cache)
 
 
@@ -60,12 +59,7 @@ def corpus_identity(config: CorpusConfig, tokenizer: Tokenizer) -> str:
     """Hash of the text and tokenizer a corpus consists of; its lengths and noise are keyed by the configuration."""
     if config.name == C4:
         return stream_identity(config, tokenizer)
-    if not config.files:
-        return corpus_hash(tokenizer)
-    digest = hashlib.sha256(tokenizer.content_hash.encode())
-    for path in config.files:
-        digest.update(hashlib.sha256(read_text_file(path).encode()).digest())
-    return digest.hexdigest()
+    return corpus_files_hash(config.files, tokenizer) if config.files else corpus_hash(tokenizer)
 
 
 def flat_steps(steps: int, flat_fraction: float) -> int:

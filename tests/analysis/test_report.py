@@ -16,7 +16,7 @@ from analysis.claims import Claim, all_claims, ratio_verdict
 from analysis.figures import frontier
 from analysis.report import main, report_markdown, write_report
 from analysis.stats import Estimate
-from analysis.study import Study, read_study
+from analysis.study import Study, read_study, time_setting
 from analysis.tables import console_table, frame, recipes, table_markdown
 from gqa_exp.errors import InputError
 from gqa_exp.results import read_examples, write_examples
@@ -368,6 +368,16 @@ def test_caption_says_hardware_lengths_and_condition(rows) -> None:
     caption = " ".join(" ".join(text.get_text() for text in frontier(read_study(rows.folder)).texts).split())
     for part in ("A CPU, 2 threads", "batch 64", "source 1024", "output 64", "conditional on one base"):
         assert part in caption
+
+
+def test_the_threads_of_a_time_are_those_of_its_process(rows) -> None:
+    """Points that are trained two at a time have a thread each; what times them at the end has both."""
+    result = rows.add(1, 0.02, 32.0, environment={"cpu": "A CPU", "threads": 1})
+    for threads, said in ((None, "A CPU, 1 threads"), (2, "A CPU, 2 threads")):
+        result.time["threads"] = threads
+        setting = time_setting(result)
+        assert setting is not None
+        assert setting.hardware == said
 
 
 def test_a_folder_of_failures_only_still_reports(rows, tmp_path: Path, capsys) -> None:

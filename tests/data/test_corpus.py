@@ -22,10 +22,12 @@ from gqa_exp.data.corpus import (
     corrupt,
     corrupted_lengths,
     corruption,
+    file_tokens,
     heldout_batches,
     heldout_tokens,
     noise_mask,
     read_text_file,
+    tokenize,
     unigram_loss,
 )
 from gqa_exp.data.tokenizer import Tokenizer
@@ -279,6 +281,21 @@ def test_nothing_is_left_of_an_attempt_that_failed(tokenizer, calls, tmp_path):
     with pytest.raises(InputError, match="no source c; known: a, b"):
         corpus_tokens("train", tokenizer, tmp_path / "cache", ["c"])
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_files_are_tokenized_once_by_content(tokenizer, tmp_path, monkeypatch):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, text in zip(files, ("first text of a", "only text of b"), strict=True):
+        file.write_text(text)
+    seen = []
+    monkeypatch.setattr(corpus, "tokenize", lambda texts, t: seen.append(texts) or tokenize(texts, t))
+    for _ in range(2):
+        tokens = file_tokens([str(file) for file in files], tokenizer, tmp_path / "cache")
+        assert texts_of(tokens, tokenizer) == ["first text of a", "only text of b"]
+    assert seen == [["first text of a", "only text of b"]]
+    files[1].write_text("second text of a")
+    assert "second text of a" in texts_of(file_tokens(list(map(str, files)), tokenizer, tmp_path / "cache"), tokenizer)
+    assert len(seen) == 2
 
 
 def test_text_files_are_checked(tmp_path):

@@ -229,6 +229,20 @@ def test_divergence_names_the_step():
     assert raised.value.step == 4  # the third step spoilt the weights, the fourth one's loss shows it
 
 
+@pytest.mark.parametrize("loss", [math.inf, -math.inf])
+def test_an_infinite_loss_is_a_divergence(monkeypatch, loss):
+    """What float32 makes of a loss beyond its range; the gradient may be finite all the same."""
+    calls = iter(range(STOP))
+
+    def overflowing(*args, **kwargs):
+        value, nll = token_loss(*args, **kwargs)
+        return value, nll + loss if next(calls) == 2 else nll
+
+    monkeypatch.setattr(loop, "token_loss", overflowing)
+    with pytest.raises(Diverged, match=r"at step 3$"):
+        run(fresh())
+
+
 def test_a_loss_that_rises_far_is_a_divergence(monkeypatch):
     monkeypatch.setattr(loop, "SPIKE_WINDOW", 4)
 
