@@ -43,8 +43,8 @@ TWIN = "A/A"
 NOISY = 0.2
 """A noise floor above this is worth a warning."""
 WORTH_COMPILING = 500e6
-"""Bytes of a decode step below which compiling is worth it: at 30 GB/s a step of so many takes 17 ms, against 1 to 2 ms
-that Python and small operations take in 12 layers."""
+"""Bytes of a decode step below which compiling is worth it on a CPU: at 30 GB/s a step of so many takes 17 ms, against
+1 to 2 ms that Python and small operations take in 12 layers. A GPU reads as many in less than 1 ms."""
 STEP_REPEATS = 3
 """Repetitions of a decode step at each fill, where steps are sampled."""
 NATURAL_ROUNDS = 3
@@ -530,7 +530,7 @@ def to_compile(config: TimingConfig, geometry: T5Config, dtype: str) -> bool:
     """Whether decode steps of a geometry are to be compiled, see `TimingConfig.compile`."""
     if config.compile != "auto":
         return config.compile == "on"
-    return _step_bytes(geometry, config, BYTES_PER_ELEMENT[dtype]) < WORTH_COMPILING
+    return config.device != "cpu" or _step_bytes(geometry, config, BYTES_PER_ELEMENT[dtype]) < WORTH_COMPILING
 
 
 def _work(geometry: T5Config, config: TimingConfig, dtype: str) -> Work:

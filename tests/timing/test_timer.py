@@ -19,6 +19,7 @@ from gqa_exp.errors import InputError
 from gqa_exp.model import T5, InferenceT5, T5Config, generate
 from gqa_exp.results import TIME_FIELDS
 from gqa_exp.timing import timer
+from gqa_exp.timing.cli import read_model_config
 from gqa_exp.timing.cost import Bound, Device
 from gqa_exp.timing.timer import (
     TWIN,
@@ -31,6 +32,7 @@ from gqa_exp.timing.timer import (
     median_interval,
     run_protocol,
     time_variants,
+    to_compile,
 )
 
 HOST = Device("test", 1e10, {"bfloat16": 1e12}, 1e9, "made up")
@@ -203,6 +205,22 @@ def test_fields_are_the_schema_s() -> None:
     assert report.fields("MHA")["natural_length_per_sample"] is None
     with pytest.raises(KeyError):
         report.fields(TWIN)
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "device", "compiled"),
+    [
+        ("mini", "auto", "cpu", True),
+        ("t5_large", "auto", "cpu", False),  # 1.5 GB a step: 50 ms at 30 GB/s
+        ("t5_large", "auto", "cuda", True),
+        ("t5_large", "on", "cpu", True),
+        ("mini", "off", "cuda", False),
+    ],
+)
+def test_what_is_compiled_unasked(model: str, setting: str, device: str, compiled: bool) -> None:
+    geometry = T5Config.from_model_config(read_model_config(model))
+    config = TimingConfig(compile=setting, device=device, batch_size=8, source_length=512, output_length=64)
+    assert to_compile(config, geometry, "bfloat16") is compiled
 
 
 def test_raw_times_survive_json() -> None:
