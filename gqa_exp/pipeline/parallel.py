@@ -101,7 +101,7 @@ def run_points(configs: Sequence[Config], count: int | None, folder: Path) -> li
                 if code == EXIT_BAD_INPUT:  # the others would meet the same
                     waiting.clear()
             time.sleep(POLL_SECONDS)
-    finally:  # Ctrl-C reaches the processes too, and they have a state to keep
+    finally:
         for process, _ in running.values():
             process.send_signal(signal.SIGINT)
         for process, _ in running.values():
@@ -125,7 +125,9 @@ def _start(config: Config, threads: int, gpu: str | None, path: Path) -> subproc
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-    return subprocess.Popen([sys.executable, "-m", "gqa_exp.pipeline.parallel", str(path)], env=environment)
+    # In a session of its own Ctrl-C reaches it once, from here.
+    words = [sys.executable, "-m", "gqa_exp.pipeline.parallel", str(path)]
+    return subprocess.Popen(words, env=environment, start_new_session=True)
 
 
 class _Progress:

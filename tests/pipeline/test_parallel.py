@@ -87,7 +87,7 @@ def test_each_gpu_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_sees_its_gpu_alone(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(parallel.subprocess, "Popen", lambda words, env: seen.update(words=words, env=env))
+    monkeypatch.setattr(parallel.subprocess, "Popen", lambda words, env, **_: seen.update(words=words, env=env))
     config = make_config(num_kv_heads=1)
     config.trainer.threads = None
     parallel._start(config, 3, "5", tmp_path / "0.json")
