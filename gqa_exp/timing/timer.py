@@ -42,6 +42,8 @@ TWIN = "A/A"
 """The name under which the reference takes part a second time."""
 NOISY = 0.2
 """A noise floor above this is worth a warning."""
+BELOW_BOUND = 0.95
+"""A decode step below so much of its bound is worth a warning: the bound rests on a bandwidth that was another then."""
 WORTH_COMPILING = 500e6
 """Bytes of a decode step below which compiling is worth it on a CPU: at 30 GB/s a step of so many takes 17 ms, against
 1 to 2 ms that Python and small operations take in 12 layers. A GPU reads as many in less than 1 ms."""
@@ -705,6 +707,13 @@ def _cautions(report: TimingReport) -> list[str]:
     for what, floor in (("", report.noise_floor), (" of the decode step", report.decode_step_noise_floor)):
         if floor is not None and floor > NOISY:
             found.append(f"noise floor{what} {floor:.0%}: the reference differs that much from itself")
+    for name in report.names:
+        step, predicted = report._phase(name, "decode_step"), report.costs[name].predicted
+        if step and predicted and step < BELOW_BOUND * predicted.step:
+            found.append(
+                f"decode steps of {name} took {step / predicted.step:.2f} of the least time at the probed bandwidth: "
+                "memory has become faster since, or a cache served them"
+            )
     in_parts = report.end_to_end.compositions.keys() >= set(report.names)  # then nothing is phased apart
     for kind, series, least in (
         ("end-to-end", report.end_to_end, config.min_rounds),
