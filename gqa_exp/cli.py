@@ -139,7 +139,7 @@ class ParallelLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         loader = self.hydra_context.config_loader
         configs = [to_config(loader.load_sweep_config(self.config, list(overrides))) for overrides in job_overrides]
-        codes = run_points(configs, self.points, Path(self.config.hydra.sweep.dir) / "points")
+        codes = run_points(configs, self.points, Path(self.config.hydra.sweep.dir) / "points", initial_job_idx)
         returns = []
         for overrides, code in zip(job_overrides, codes, strict=True):
             name = " ".join(overrides)

@@ -56,13 +56,14 @@ def places(accelerator: str, count: int | None) -> list[str | None]:
     return found[:count]
 
 
-def run_points(configs: Sequence[Config], count: int | None, folder: Path) -> list[int]:
+def run_points(configs: Sequence[Config], count: int | None, folder: Path, first: int = 0) -> list[int]:
     """Compute points, as many at a time as there is room for; nothing is timed.
 
     Args:
         configs: the points, checked.
         count: how many at a time; see `places`.
-        folder: for the configurations that the processes read.
+        folder: for the configurations that the processes read, and their logs.
+        first: number of the first point, by which these files are named.
 
     Returns:
         Exit codes, in order; -1 for points not begun, since another one was refused as bad input.
@@ -76,7 +77,7 @@ def run_points(configs: Sequence[Config], count: int | None, folder: Path) -> li
                 f"trainer.devices={config.trainer.devices}: hydra/launcher=parallel gives each point one device; "
                 "leave one of the two out"
             )
-    free = places(configs[0].trainer.accelerator, count)
+    free = places(configs[0].trainer.accelerator, count)[: len(configs)]
     threads = max(1, physical_cores() // len(free))
     codes = [-1] * len(configs)
     waiting = list(range(len(configs)))
@@ -84,12 +85,13 @@ def run_points(configs: Sequence[Config], count: int | None, folder: Path) -> li
     pipelines = [Pipeline(config, store_of(config)) for config in configs]
     shared = [(pipeline.store, pipeline.pretrained_stage) for pipeline in pipelines]
     progress = _Progress(configs, len(free))
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while running or waiting:
             while free and (index := _next(shared, waiting, list(running))) is not None:
                 waiting.remove(index)
                 place = free.pop(0)
-                running[index] = (_start(configs[index], threads, place, folder / f"{index}.json"), place)
+                running[index] = (_start(configs[index], threads, place, folder / f"{first + index}.json"), place)
             for index, (process, place) in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -106,7 +108,14 @@ def run_points(configs: Sequence[Config], count: int | None, folder: Path) -> li
             process.send_signal(signal.SIGINT)
         for process, _ in running.values():
             process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return codes
+
+
+def _interrupt(*_: object) -> None:
+    """To be asked to end is to be interrupted: the processes are not left behind."""
+    raise KeyboardInterrupt
 
 
 def _next(shared: Sequence[tuple[Store, Stage]], waiting: Sequence[int], running: Sequence[int]) -> int | None:
@@ -134,15 +143,19 @@ class _Progress:
     """How many points are done, and how long the rest will take at the pace so far."""
 
     def __init__(self, configs: Sequence[Config], places: int) -> None:
-        self.configs, self.places = configs, places
+        self.configs, self.places, self.store = configs, places, store_of(configs[0])
         self.began, self.done = time.perf_counter(), 0
+        self.plan = Plan(configs, self.store)
         self.all = self._left()
         about = clock(self.all / places)
         logger.info("%d points, %d at a time; about %s (minutes:seconds)", len(configs), places, about)
 
     def _left(self) -> float:
-        """Seconds of one process, at first guesses."""
-        return Plan(self.configs, store_of(self.configs[0])).left()
+        """Seconds of one process, at first guesses; timing, which comes after, not counted."""
+        for name, key in list(self.plan.work):
+            if name == "time" or self.store.holds(Stage(name, key, {})):
+                del self.plan.work[name, key]
+        return self.plan.left()
 
     def say(self) -> None:
         self.done += 1
@@ -156,8 +169,11 @@ class _Progress:
 
 @command
 def main() -> None:
-    """One process: the point of a configuration file."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    """One process: the point of a configuration file, which gets a log beside it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher in the background would leave it ignored
+    log = logging.FileHandler(Path(sys.argv[1]).with_suffix(".log"), encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), log]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     quiet_libraries()
     config = OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(Config), json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

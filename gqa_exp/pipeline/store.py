@@ -28,6 +28,9 @@ from gqa_exp.training.loop import Diverged
 logger = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
+RUN_NAMES = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID")
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""What launchers set in the environment of all ranks alike; together the name of one attempt at a run."""
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -135,22 +138,28 @@ class Store:
 
     def _begun(self, stage: Stage) -> Path:
         """Exists while the first rank of this run computes a stage; another run's says nothing to these ranks."""
-        run = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "SLURM_JOB_ID"))
+        run = "-".join(os.environ.get(name, "") for name in (*RUN_NAMES, *RESTART_COUNTS))
         return self.root / "locks" / f"{stage.name}-{stage.key}.{run}.begun"
 
     def agree(self, stage: Stage, choose: Callable[[], str]) -> str:
         """What the first of the ranks that compute a stage together chooses; the others wait for it, and follow.
 
         What is in the store may change between the looks of two ranks, and what they do must not.
+
+        Raises:
+            Diverged: the first one found that the stage diverges.
         """
         agreed = self._begun(stage).with_suffix(".agreed")
         if first_process():
             choice = choose()
             write_atomically(agreed, choice)
             return choice
-        while not agreed.exists():
+        while True:
+            if self.holds(stage):  # the first one is through already, since it had only to say that this diverges
+                self._outcome(stage)
+            with suppress(FileNotFoundError):
+                return agreed.read_text(encoding="utf-8")
             time.sleep(0.1)
-        return agreed.read_text(encoding="utf-8")
 
     def _compute(self, stage: Stage, folder: Path, compute: Callable[[Path], dict[str, Any]]) -> None:
         aside = folder.with_name(f".{folder.name}.part")

@@ -1,6 +1,11 @@
 """Points in processes of their own are the points of one process, and share what they share."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,18 +35,18 @@ def test_they_are_the_points_of_one_process(make_config: Make, tmp_path: Path, m
     alone, together = points(make_config, tmp_path / "alone"), points(make_config, tmp_path / "together")
     for config in alone:
         run_point(config, Plan(alone, store_of(config)))
-    order: list[list[int]] = []
-    chosen = parallel._next
+    begun: list[int] = []
+    start = parallel._start
 
-    def observed(shared: Any, waiting: list[int], running: list[int]) -> int | None:
-        order.append(list(running))
-        return chosen(shared, waiting, running)
+    def observed(config: Config, threads: int, gpu: str | None, path: Path) -> Any:
+        begun.append(together.index(config))
+        return start(config, threads, gpu, path)
 
-    monkeypatch.setattr(parallel, "_next", observed)
+    monkeypatch.setattr(parallel, "_start", observed)
     monkeypatch.setattr(parallel, "physical_cores", lambda: 2)
     assert run_points(together, None, tmp_path / "points") == [0, 0, 0]
-    assert [0, 2] in order or [2] in order, "the third is to begin before the second, which would wait for the first"
-    assert [0, 1] not in order
+    assert begun == [0, 2, 1], "the second would wait for what the first computes"
+    assert "uptrain MQA" in (tmp_path / "points" / "0.log").read_text()
     rows = [read_frame(results_folder(configs[0])).sort_values("key") for configs in (alone, together)]
     for name in ("key", "status", "score", "stages.uptrain", "training.uptrain_loss", "training.finetune_loss"):
         assert list(rows[1][name]) == list(rows[0][name]), name
@@ -68,6 +73,29 @@ def test_a_failed_point_leaves_the_others(make_config: Make, tmp_path: Path) -> 
     codes = run_points(configs, 1, tmp_path / "points")
     assert codes == [1, 0]
     assert sorted(read_frame(results_folder(configs[0]))["status"]) == ["done", "failed"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_no_process(
+    number: int, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def sleeping(*_: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True))
+        if len(started) == 2:
+            timer.start()
+        return started[-1]
+
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    monkeypatch.setattr(parallel, "_start", sleeping)
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(KeyboardInterrupt):
+        run_points(points(make_config, tmp_path / "runs"), 2, tmp_path / "points")
+    timer.join()
+    assert len(started) == 2
+    assert all(process.poll() is not None for process in started)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_each_gpu_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
