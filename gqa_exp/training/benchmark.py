@@ -4,7 +4,8 @@
     python -m gqa_exp.training.benchmark --models mini t5_small
 
 A run is a few steps: forward, loss, backward and Adafactor. Each side takes part eagerly and compiled, and is compared
-by its faster form. Only the model differs, so the ratio says what the model is worth.
+by its faster form. Only the model differs, so the ratio says what the model is worth. A profiled step tells how much of
+ours is matrix products, which are the same on both sides: were all else free, the ratio would be `limit`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gqa_exp.errors import InputError, Parser, command
 from gqa_exp.host import can_compile, prepare, resolve_dtype
@@ -33,6 +35,7 @@ from gqa_exp.timing.timer import interleave, median_interval
 from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
 
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm")
 SHAPES = {"pre-training": (56, 128, 29), "fine-tuning": (14, 256, 32)}
 """Windows or examples of a step, input tokens, target tokens: the mini base's own, and debian_synopsis's at 4096."""
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -46,25 +49,39 @@ class Trainee:
         logits: (input ids, decoder input ids) to logits (B, T, V).
         batch: input ids (B, S) and labels (B, T).
         dtype: of matrix products; weights are float32.
+        compiled: whether the loss is; the model's layers are the caller's to compile.
     """
 
-    def __init__(self, model: nn.Module, logits: Logits, batch: tuple[Tensor, Tensor], dtype: str) -> None:
+    def __init__(
+        self, model: nn.Module, logits: Logits, batch: tuple[Tensor, Tensor], dtype: str, compiled: bool
+    ) -> None:
         self.model, self.logits = model.train(), logits
         self.input_ids, self.labels = batch
         self.decoder_input_ids = torch.cat([torch.zeros_like(self.labels[:, :1]), self.labels[:, :-1]], dim=1)
         self.dtype = dtype
+        self.token_loss = torch.compile(token_loss) if compiled else token_loss
         self.optimizer = Adafactor(model.parameters(), lr=1e-3)
 
     def loss(self) -> Tensor:
         """Of the batch, before a step."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return token_loss(self.logits(self.input_ids, self.decoder_input_ids), self.labels, 1e-4, 0)[0]
+            return self.token_loss(self.logits(self.input_ids, self.decoder_input_ids), self.labels, 1e-4, 0)[0]
 
     def step(self) -> None:
         """One optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.loss().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+
+    def product_seconds(self, steps: int = 3) -> float:
+        """Seconds that matrix products take of a step, the median of a few."""
+        found = []
+        for _ in range(steps):
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                self.step()
+            averages = profiled.key_averages()
+            found.append(sum(event.self_cpu_time_total for event in averages if event.key in PRODUCTS) * 1e-6)
+        return float(np.median(found))
 
 
 def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed: int) -> dict[str, Trainee]:
@@ -79,13 +96,14 @@ def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed:
             save_hf(mine, folder)
             theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         theirs.config.use_cache = False
-        if form == "compiled":
+        compiled = form == "compiled"
+        if compiled:
             mine.compile_layers()
             allow_many_versions()
             for block in (*theirs.encoder.block, *theirs.decoder.block):
                 block.compile()
-        found[f"ours {form}"] = Trainee(mine, mine, batch, dtype)
-        found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype)
+        found[f"ours {form}"] = Trainee(mine, mine, batch, dtype, compiled)
+        found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype, compiled)
     losses = {name: trainee.loss().item() for name, trainee in found.items()}
     if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
         raise RuntimeError(f"the same weights give different losses: {losses}")
@@ -130,6 +148,7 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
     best = {side: max((form for form in speeds if form.startswith(side)), key=speeds.__getitem__) for side in sides}
     ratio = median_interval(seconds[best["transformers"]] / seconds[best["ours"]])
     assert ratio is not None
+    products = contestants[best["ours"]].product_seconds()
     return {
         "model": model,
         "shape": shape,
@@ -137,6 +156,8 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
         "tokens_per_second": speeds,
         "best": best,
         "ratio": vars(ratio),
+        "product_seconds": products,
+        "limit": float(np.median(seconds[best["transformers"]])) / products,
         "step_seconds": {name: each.tolist() for name, each in seconds.items()},
     }
 
@@ -164,15 +185,18 @@ def main() -> None:
     table = Table(
         title=f"Training, {dtype}, {hardware_id()}",
         caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
-        "Ratio of the faster forms within a round, with 95 % bootstrap interval.",
+        "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in matrix "
+        "products, which both sides have alike; limit: the ratio if all else of ours took no time.",
     )
     forms = list(results[0]["tokens_per_second"])
-    for heading in ("model", "steps of", *forms, "ours / transformers"):
+    for heading in ("model", "steps of", *forms, "ours / transformers", "products", "limit"):
         table.add_column(heading, justify="left" if heading in ("model", "steps of") else "right")
     for result in results:
         speeds, ratio = result["tokens_per_second"], result["ratio"]
         shown = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        table.add_row(result["model"], result["shape"], *(f"{speeds[form]:,.0f}" for form in forms), shown)
+        ours = float(np.median(result["step_seconds"][result["best"]["ours"]]))
+        limits = f"{result['product_seconds'] / ours:.0%}", f"{result['limit']:.2f}"
+        table.add_row(result["model"], result["shape"], *(f"{speeds[form]:,.0f}" for form in forms), shown, *limits)
     out = Console()
     (out if out.is_terminal else Console(width=140)).print(table)
     print(json.dumps({"settings": vars(arguments), "results": results, "environment": environment()}))

@@ -123,9 +123,13 @@ class TextToText(L.LightningModule):
     the batch is computed.
     """
 
-    def __init__(self, state: TrainingState, recipe: Recipe, micro_batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, state: TrainingState, recipe: Recipe, micro_batch_tokens: int | None = None, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        # Compiled, the loss reads and writes logits once, in their own number format.
+        self.loss = torch.compile(token_loss) if compiled else token_loss
         self.model = state.model
         self.state = state
         self.recipe = recipe
@@ -181,7 +185,7 @@ class TextToText(L.LightningModule):
             share = (labels != pad_id).sum() / total
             with nullcontext() if number == len(parts) else self._without_gradient_exchange():
                 logits_BTV = self.model(part["input_ids"], self.model.shift_right(labels), part.get("attention_mask"))
-                loss, part_nll = token_loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
+                loss, part_nll = self.loss(logits_BTV, labels, self.recipe.z_loss, pad_id)
                 self.manual_backward(loss * (share * self.trainer.world_size))  # ranks' gradients are averaged
             nll += part_nll * share
         optimizer = self.optimizers()
@@ -417,11 +421,12 @@ def train(
         return state
     state.model.train()
     state.model.set_dropout(recipe.dropout)
-    if config.compile and can_compile(config.accelerator):
+    compiled = config.compile and can_compile(config.accelerator)
+    if compiled:
         state.model.compile_layers()
     torch.use_deterministic_algorithms(config.deterministic)
     state.model.set_checkpointing(config.gradient_checkpointing)
-    module = TextToText(state, recipe, config.micro_batch_tokens)
+    module = TextToText(state, recipe, config.micro_batch_tokens, compiled)
     with training_allowed(), warnings.catch_warnings():
         # One worker is enough: batches are cheap and the loop is the process's own.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

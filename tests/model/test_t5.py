@@ -13,7 +13,7 @@ from gqa_exp.errors import InputError
 from gqa_exp.model import T5, T5Config, generate
 from gqa_exp.model.checkpoint import hf_name, save_hf
 from gqa_exp.model.inference import InferenceT5
-from gqa_exp.model.t5 import RMSNorm, initial_std
+from gqa_exp.model.t5 import RMSNorm, gelu, initial_std
 from gqa_exp.training.loss import token_loss
 
 
@@ -303,6 +303,21 @@ def test_bfloat16_autocast_is_near_float32_backwards_too(tiny_model, padded_batc
     assert abs(near - exact) < 0.02 * exact
     for gradient, reference in zip(near_grads, exact_grads, strict=True):
         assert (gradient - reference).norm() < 0.1 * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_of_compiled_layers_is_torchs(dtype):
+    # Written out for the compiler; float64 on torch's side tells the error of either form from the other's.
+    x = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([0.0, 1e-20, -1e-20, 1e4, -1e4])]).to(dtype)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, expected = torch.compile(gelu, backend="aot_eager")(ours), F.gelu(exact, approximate="tanh")
+    assert y.dtype == dtype
+    (slope,) = torch.autograd.grad(y.sum(), ours)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    relative = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=relative, atol=1e-6)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=relative, atol=2e-6)
+    assert torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
 
 
 def test_fresh_weights_have_the_initial_scale():

@@ -39,3 +39,6 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert set(result["tokens_per_second"]) == {"ours eager", "transformers eager"}
     seconds = {name: sorted(each) for name, each in result["step_seconds"].items()}
     assert result["tokens_per_second"]["ours eager"] == pytest.approx(2 * 14 * 2 / sum(seconds["ours eager"]))
+    assert 0 < result["product_seconds"] < seconds["ours eager"][-1]
+    theirs = sum(seconds["transformers eager"]) / 2
+    assert result["limit"] == pytest.approx(theirs / result["product_seconds"])
