@@ -145,7 +145,7 @@ TIME_FIELDS = {
     "decode_step_speedup": "MHA decode step / this one's, median of per-round ratios",
     "decode_step_bytes": "bytes one decode step must read, at the mean cache fill",
     "decode_bandwidth": "decode_step_bytes / decode_step, bytes per second",
-    "memory_bandwidth": "plain read of memory in the same process, bytes per second",
+    "memory_bandwidth": "plain read of memory in the same process, right after the decode steps, bytes per second",
     "predicted_per_sample": "the cost model's lower bound on this host, seconds per sample end to end",
     "predicted_decode_step": "the same for one decode step of a batch at the mean cache fill",
     "natural_length_per_sample": "seconds per sample when generation stops at end-of-sequence, on task inputs",

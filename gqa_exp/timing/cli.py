@@ -327,7 +327,7 @@ def _table(report: TimingReport) -> Table:
             _scaled(row["predicted_decode_step"], 1e3),
             _estimate(report.decode_step_speedup(name)),
             _scaled(bandwidth, 1e-9),
-            _scaled(bandwidth, 1 / report.host.bandwidth),
+            _scaled(bandwidth, 1 / report.memory_bandwidth(name)),
             _scaled(report.allocated_cache_bytes_per_sample(name), 2**-20),
         )
     return table

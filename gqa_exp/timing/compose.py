@@ -51,10 +51,11 @@ class Composition:
 
         Args:
             sample: encode, cross_cache and decode_step at each depth, named by `at_depth`; of decode_step equally many
-                seconds for each fill, fills ascending.
+                seconds for each fill, fills ascending. Of memory_read there may be any number.
 
         Returns:
-            end_to_end, encode, cross_cache, first_token, and decode_step, the mean of the further steps.
+            end_to_end, encode, cross_cache, first_token, and decode_step, the mean of the further steps; memory_read
+            as it was at all depths.
         """
         encode = self._line([self._encode(sample, d) for d in self.depths], self.encoder_layers)
         cross = self._line([sample[at_depth("cross_cache", d)][0] for d in self.depths], self.decoder_layers)
@@ -63,6 +64,8 @@ class Composition:
         phases = {"encode": [encode], "cross_cache": [cross], "first_token": [float(steps[0])]}
         if len(steps) > 1:
             phases["decode_step"] = [float(steps[1:].mean())]
+        if reads := [s for d in self.depths for s in sample.get(at_depth("memory_read", d), [])]:
+            phases["memory_read"] = reads
         return {"end_to_end": [encode + cross + float(steps.sum())], **phases}
 
     def fit_error(self, sample: Sample) -> float | None:

@@ -4,6 +4,7 @@ A decode step reads every weight and every cached key and value once and compute
 bounded below by those bytes over this bandwidth. A plain read is measured in the same process, with the same threads.
 """
 
+import itertools
 import re
 import statistics
 import time
@@ -19,8 +20,8 @@ CACHE_MULTIPLE = 8
 """The buffer is this many times the last-level cache, so that at most an eighth of a pass can come from it."""
 SMALLEST_BUFFER = 256 * 2**20
 LARGEST_BUFFER = 4 * 2**30
-CUDA_BUFFER = 2 * 2**30
-"""Several tens of times the last-level cache of any GPU (50 MB on H100)."""
+CUDA_BUFFER = 2**30
+"""Twenty times the last-level cache of an H100 (50 MB)."""
 
 
 def synchronised_clock(device: str) -> Callable[[], float]:
@@ -39,30 +40,49 @@ def synchronised_clock(device: str) -> Callable[[], float]:
     return clock
 
 
-def memory_bandwidth(device: str = "cpu", repeats: int = 9) -> float:
-    """Bytes per second of a plain sum over a buffer several times the last-level cache, median of the repeats.
+class PlainRead:
+    """A sum over a buffer several times the last-level cache: what reading memory takes at that moment.
 
     Args:
         device: "cpu" (as many threads as torch uses) or "cuda".
-        repeats: passes over the buffer that are counted, after two that are not.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        if device == "cuda":
+            size = min(CUDA_BUFFER, torch.cuda.mem_get_info()[0] // 2)
+        else:
+            size = min(max(SMALLEST_BUFFER, CACHE_MULTIPLE * last_level_cache_bytes()), LARGEST_BUFFER)
+            size = min(size, psutil.virtual_memory().available // 4)
+        # Ones, not empty: untouched pages all map to one page of zeros, which the cache would serve.
+        self.buffer = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a pass reads."""
+        return self.buffer.nbytes
+
+    def seconds(self, clock: Callable[[], float], passes: int) -> list[float]:
+        """Time of each of a number of passes, by a clock that waits for the device."""
+        readings = [clock()]
+        for _ in range(passes):
+            self.buffer.sum()
+            readings.append(clock())
+        return [after - before for before, after in itertools.pairwise(readings)]
+
+
+def memory_bandwidth(device: str = "cpu", repeats: int = 9) -> float:
+    """Bytes per second of a plain read of memory, median of the repeats.
+
+    Args:
+        device: "cpu" or "cuda".
+        repeats: passes that are counted, after two that are not.
 
     Returns:
         Bytes per second, finite and positive.
     """
-    if device == "cuda":
-        size = min(CUDA_BUFFER, torch.cuda.mem_get_info()[0] // 2)
-    else:
-        size = min(max(SMALLEST_BUFFER, CACHE_MULTIPLE * last_level_cache_bytes()), LARGEST_BUFFER)
-        size = min(size, psutil.virtual_memory().available // 4)
-    # Ones, not empty: untouched pages all map to one page of zeros, which the cache would serve.
-    buffer = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
-    clock = synchronised_clock(device)
-    seconds = []
-    for _ in range(repeats + 2):
-        start = clock()
-        buffer.sum()
-        seconds.append(clock() - start)
-    return buffer.nbytes / max(statistics.median(seconds[2:]), 1e-9)
+    read = PlainRead(device)
+    seconds = read.seconds(synchronised_clock(device), repeats + 2)[2:]
+    return read.nbytes / max(statistics.median(seconds), 1e-9)
 
 
 def matmul_flops(device: str, dtype: str, repeats: int = 5) -> float:

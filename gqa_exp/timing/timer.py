@@ -30,7 +30,7 @@ from gqa_exp.timing.compose import Composition, Sample, at_depth
 from gqa_exp.timing.cost import BYTES_PER_ELEMENT, Bound, Device, Work, bound
 from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
-from gqa_exp.timing.probe import local_device, synchronised_clock
+from gqa_exp.timing.probe import PlainRead, local_device, synchronised_clock
 
 Clock = Callable[[], float]
 """Seconds; on a GPU it waits for queued work before each reading."""
@@ -49,6 +49,8 @@ WORTH_COMPILING = 500e6
 1 to 2 ms that Python and small operations take in 12 layers. A GPU reads as many in less than 1 ms."""
 STEP_REPEATS = 3
 """Repetitions of a decode step at each fill, where steps are sampled."""
+READ_REPEATS = 3
+"""Plain reads of memory beside each phased run."""
 NATURAL_ROUNDS = 3
 """The natural length is shown beside the stated length, never compared, so a few rounds are enough."""
 RESAMPLES = 2000
@@ -69,7 +71,11 @@ class Runner(Protocol):
         """
 
     def phases(self, clock: Clock) -> Sample:
-        """The same work with the clock read between phases: encode, cross_cache, first_token, decode_step."""
+        """The same work with the clock read between phases: encode, cross_cache, first_token, decode_step.
+
+        And memory_read, a plain read of memory right after: what the decode steps are measured by, since a neighbour
+        can take half of a host's bandwidth at any time.
+        """
 
     def natural(self, clock: Clock) -> Sample:
         """{"natural": [seconds]} of a batch of real inputs decoded until end-of-sequence; {} if there are none."""
@@ -91,6 +97,8 @@ class Cost:
     allocated_cache_bytes_per_sample: int | None = None
     """Cross- and self-attention caches as the runs found them allocated; None before any phased run."""
     natural_batch_size: int | None = None
+    plain_read_bytes: int = 0
+    """Bytes that `memory_read` reads."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ class TimingReport:
     hardware: str
     """`environment.hardware_id`: times join rows by architecture and this."""
     host: Device
-    """Bytes per second of a plain read, and FLOP/s of a large matrix product."""
+    """Bytes per second of a plain read, and FLOP/s of a large matrix product, before anything was timed."""
     costs: dict[str, Cost]
     end_to_end: Series
     phases: Series
@@ -294,6 +302,11 @@ class TimingReport:
         """Bytes of one sample's cross- and self-attention caches, as allocated."""
         return self.costs[name].allocated_cache_bytes_per_sample
 
+    def memory_bandwidth(self, name: str) -> float:
+        """Bytes per second of the plain reads beside a variant's runs; before all runs where there were none."""
+        seconds = self._phase(name, "memory_read")
+        return self.costs[name].plain_read_bytes / seconds if seconds else self.host.bandwidth
+
     def fields(self, name: str) -> dict[str, Scalar]:
         """The entries of `Result.time` for one variant: exactly the names of `results.TIME_FIELDS`.
 
@@ -323,7 +336,7 @@ class TimingReport:
             "decode_step_speedup": _numbers(self.decode_step_speedup(name))[0],
             "decode_step_bytes": cost.decode_step_bytes,
             "decode_bandwidth": cost.decode_step_bytes / step if step else None,
-            "memory_bandwidth": self.host.bandwidth,
+            "memory_bandwidth": self.memory_bandwidth(name),
             "predicted_per_sample": cost.predicted.total / self.config.batch_size if cost.predicted else None,
             "predicted_decode_step": cost.predicted.step if cost.predicted else None,
             "natural_length_per_sample": (
@@ -495,6 +508,7 @@ def time_variants(
     shortcuts = bool(config.depths or config.fills or config.encoder_batch_size)
     with timing_alone(), torch.inference_mode():
         host = local_device(config.device, dtype)
+        read = PlainRead(config.device)
         generator = torch.Generator().manual_seed(config.seed)
         shape = (config.batch_size, config.source_length)
         input_ids = torch.randint(0, min(vocab_sizes, default=1), shape, generator=generator).to(config.device)
@@ -504,10 +518,10 @@ def time_variants(
             geometry = (geometries or {}).get(name, prepared.config)
             predicted = bound(_work(geometry, config, dtype), host)
             if shortcuts:
-                runners[name] = PartsRunner(prepared, config, input_ids, geometry, predicted)
+                runners[name] = PartsRunner(prepared, config, input_ids, geometry, predicted, read)
             if not shortcuts or prove:
                 whole = f"{name}{WHOLE}" if shortcuts else name
-                runners[whole] = ModelRunner(prepared, config, input_ids, predicted, (natural or {}).get(name))
+                runners[whole] = ModelRunner(prepared, config, input_ids, predicted, (natural or {}).get(name), read)
         return run_protocol(
             runners,
             config,
@@ -559,6 +573,7 @@ class ModelRunner:
         input_ids: (B, S) on the model's device.
         predicted: the cost model's bound.
         natural: real inputs (B, S) and their mask, or None.
+        read: the plain read of memory beside phased runs.
     """
 
     composition = None
@@ -570,11 +585,13 @@ class ModelRunner:
         input_ids: Tensor,
         predicted: Bound | None = None,
         natural: tuple[Tensor, Tensor | None] | None = None,
+        read: PlainRead | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.input_ids = input_ids
         self.predicted = predicted
+        self.read = read
         self.real: tuple[Tensor, Tensor | None] | None = None
         if natural is not None:
             ids, mask = natural
@@ -600,7 +617,13 @@ class ModelRunner:
             readings.append(clock())
         self._allocated = (state.cross_cache_bytes() + state.self_cache_bytes()) // self.input_ids.shape[0]
         encode, cross_cache, first_token, *steps = np.diff(readings).tolist()
-        return {"encode": [encode], "cross_cache": [cross_cache], "first_token": [first_token], "decode_step": steps}
+        return {
+            "encode": [encode],
+            "cross_cache": [cross_cache],
+            "first_token": [first_token],
+            "decode_step": steps,
+            **_plain_reads(self.read, clock),
+        }
 
     def natural(self, clock: Clock) -> Sample:
         """One `generate` of the real inputs that stops at end-of-sequence."""
@@ -615,7 +638,8 @@ class ModelRunner:
         element = self.model.embedding.weight.element_size()
         real = None if self.real is None else self.real[0].shape[0]
         step_bytes = _step_bytes(self.model.config, self.config, element)
-        return Cost(step_bytes, self.model.compiled, self.predicted, self._allocated, real)
+        read = self.read.nbytes if self.read else 0
+        return Cost(step_bytes, self.model.compiled, self.predicted, self._allocated, real, plain_read_bytes=read)
 
 
 class PartsRunner:
@@ -627,15 +651,23 @@ class PartsRunner:
         input_ids: (B, S) on the model's device.
         geometry: the whole model's.
         predicted: the cost model's bound for the geometry.
+        read: the plain read of memory beside each depth.
     """
 
     def __init__(
-        self, model: InferenceT5, config: TimingConfig, input_ids: Tensor, geometry: T5Config, predicted: Bound
+        self,
+        model: InferenceT5,
+        config: TimingConfig,
+        input_ids: Tensor,
+        geometry: T5Config,
+        predicted: Bound,
+        read: PlainRead | None = None,
     ) -> None:
         self.config = config
         self.input_ids = input_ids
         self.geometry = geometry
         self.predicted = predicted
+        self.read = read
         self.composition = Composition(config, geometry.num_encoder_layers, geometry.num_decoder_layers)
         self.parts = {depth: model.shallow(depth) for depth in self.composition.depths}
         self.rng = np.random.default_rng(config.seed)
@@ -668,7 +700,8 @@ class PartsRunner:
                 start = clock()
                 model.step(token_B, state).argmax(-1)
                 steps.append(clock() - start)
-        return {"encode": [encode], "cross_cache": [cross_cache], "decode_step": steps}
+        found = {"encode": [encode], "cross_cache": [cross_cache], "decode_step": steps}
+        return {**found, **_plain_reads(self.read, clock)}
 
     def phases(self, clock: Clock) -> Sample:
         """Not asked for: end to end is timed in phases already."""
@@ -682,7 +715,12 @@ class PartsRunner:
         """Sizes of the whole geometry at the stated lengths."""
         part = next(iter(self.parts.values()))
         step_bytes = _step_bytes(self.geometry, self.config, part.embedding.weight.element_size())
-        return Cost(step_bytes, part.compiled, self.predicted)
+        read = self.read.nbytes if self.read else 0
+        return Cost(step_bytes, part.compiled, self.predicted, plain_read_bytes=read)
+
+
+def _plain_reads(read: PlainRead | None, clock: Clock) -> Sample:
+    return {"memory_read": read.seconds(clock, READ_REPEATS)} if read else {}
 
 
 def _prepared(model: T5 | InferenceT5, dtype: str, config: TimingConfig) -> InferenceT5:
@@ -714,6 +752,12 @@ def _cautions(report: TimingReport) -> list[str]:
                 f"decode steps of {name} took {step / predicted.step:.2f} of the least time at the probed bandwidth: "
                 "memory has become faster since, or a cache served them"
             )
+    beside = float(np.median([report.memory_bandwidth(name) for name in report.names])) if report.names else 0.0
+    if abs(beside / report.host.bandwidth - 1) > NOISY:
+        found.append(
+            f"memory was read at {beside / 1e9:.1f} GB/s beside the runs, and at {report.host.bandwidth / 1e9:.1f} "
+            "before them, which is what the least times are computed from"
+        )
     in_parts = report.end_to_end.compositions.keys() >= set(report.names)  # then nothing is phased apart
     for kind, series, least in (
         ("end-to-end", report.end_to_end, config.min_rounds),

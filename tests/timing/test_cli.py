@@ -143,7 +143,7 @@ def test_shortcuts_are_marked_and_proven(
     assert line["variants"]["MQA"]["fit_error"] >= 0
     record = json.loads(Path(line["file"]).read_text())
     assert set(record["raw"]["end_to_end"]["rounds"][0]["samples"]["MQA"]) == {
-        f"{phase}@{depth}" for phase in ("encode", "cross_cache", "decode_step") for depth in (1, 2, 4)
+        f"{phase}@{depth}" for phase in ("encode", "cross_cache", "decode_step", "memory_read") for depth in (1, 2, 4)
     }
 
 

@@ -44,7 +44,8 @@ def test_linear_times_are_composed_exactly(encode, cross, step, depths, fills, e
     config = TimingConfig(batch_size=6, output_length=9, depths=depths, fills=fills, encoder_batch_size=encoder_batch)
     composition = Composition(config, encoder_layers=12, decoder_layers=7)
     timed = depths or [12]
-    whole = composition(made_up(config, timed, encode, cross, step))
+    reads = {at_depth("memory_read", d): [float(d), 0.5] for d in timed}
+    whole = composition(made_up(config, timed, encode, cross, step) | reads)
     encoder_depth, decoder_depth = (12, 7) if depths else (12, 12)  # one depth alone stands for the whole
     steps = [step[0] + step[1] * decoder_depth * (10 + fill) for fill in range(1, 10)]
     expected = {
@@ -57,6 +58,7 @@ def test_linear_times_are_composed_exactly(encode, cross, step, depths, fills, e
         assert whole[phase] == [pytest.approx(seconds, rel=1e-6)]
     total = expected["encode"] + expected["cross_cache"] + sum(steps)
     assert whole["end_to_end"] == [pytest.approx(total, rel=1e-6)]
+    assert whole["memory_read"] == [seconds for d in timed for seconds in (d, 0.5)], "the same at any depth"
 
 
 def test_error_of_the_fit_is_the_farthest_depth() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gqa_exp.timing import probe
 from gqa_exp.timing.environment import environment, git_state, hardware_id, supports_dtype
-from gqa_exp.timing.probe import last_level_cache_bytes, memory_bandwidth
+from gqa_exp.timing.probe import PlainRead, last_level_cache_bytes, memory_bandwidth
 
 
 def test_environment_is_flat_and_jsonable() -> None:
@@ -63,6 +64,17 @@ def test_bandwidth_is_finite_and_positive() -> None:
     bandwidth = memory_bandwidth(repeats=2)
     assert math.isfinite(bandwidth)
     assert bandwidth > 0
+
+
+def test_a_plain_read_takes_what_passes_between_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SMALLEST_BUFFER", 4096)
+    monkeypatch.setattr(probe, "LARGEST_BUFFER", 4096)
+    read = PlainRead()
+    readings = iter([1.0, 3.0, 3.5, 9.5])
+    assert read.nbytes == 4096
+    assert read.seconds(lambda: next(readings), 3) == [2.0, 0.5, 6.0]
+    with pytest.raises(StopIteration):
+        next(readings)
 
 
 def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:

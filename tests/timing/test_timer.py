@@ -202,6 +202,25 @@ def test_what_is_faster_than_its_bound_is_doubted() -> None:
     )
 
 
+@pytest.mark.parametrize(("seconds", "warned"), [(0.4, False), (0.34, False), (0.2, True), (0.8, True)])
+def test_bandwidth_is_what_memory_gave_beside_the_runs(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, warned: bool
+) -> None:
+    phases, cost = FakeRunner.phases, FakeRunner.cost
+    reads = {"memory_read": [seconds, seconds, 30.0]}
+    monkeypatch.setattr(FakeRunner, "phases", lambda self, clock: {**phases(self, clock), **reads})
+    monkeypatch.setattr(FakeRunner, "cost", lambda self: dataclasses.replace(cost(self), plain_read_bytes=4 * 10**9))
+    report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
+    assert report.fields("MQA")["memory_bandwidth"] == pytest.approx(4e9 / seconds)
+    assert ("memory was read at" in str(report.warning)) == warned
+    assert report.fields("MQA")["predicted_decode_step"] == 0.25, "fixed before anything was timed"
+
+
+def test_bandwidth_is_the_probe_s_where_nothing_was_read_beside() -> None:
+    report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
+    assert report.fields("MHA")["memory_bandwidth"] == HOST.bandwidth
+
+
 def test_fields_are_the_schema_s() -> None:
     report, _ = report_of(itertools.repeat(2.0), itertools.repeat(1.0))
     fields = report.fields("MQA")
