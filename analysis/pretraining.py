@@ -17,6 +17,8 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.optimize
+from numpy.typing import NDArray
 
 from analysis.figures import GQA_STYLES, MHA_STYLE, MQA_STYLE
 from analysis.study import number
@@ -24,10 +26,45 @@ from analysis.tables import MISSING, markdown
 from gqa_exp.errors import InputError, Parser, command
 from gqa_exp.results import write_atomically
 
+Floats = NDArray[np.float64]
 COLOURS = [colour for colour, _ in (MHA_STYLE, MQA_STYLE, *GQA_STYLES)]
 PARTS = 10
 SMOOTHING = 0.04
 """Share of all reports that the smoothed training loss averages at each: a report is the loss of one step's batch."""
+
+
+PAYING = 0.01
+"""An hour more is worth it while it lowers the held-out loss by so much of itself."""
+LEAST_LOOKS = 6
+"""Held-out losses that three numbers are fitted to, at least."""
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Loss floor + scale * (million tokens)^-exponent, the usual form of a loss curve (Hoffmann et al. 2022, eq. 2).
+
+    Attributes:
+        error: how far it misses a loss at most, as a share of that.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    error: float
+
+    def loss(self, million: float) -> float:
+        """Loss after so many million tokens."""
+        return float(self.floor + self.scale * million**-self.exponent)
+
+    def paying_until(self, million_per_hour: float) -> float:
+        """Million tokens after which one hour more gains less than `PAYING`."""
+
+        def excess(log_million: float) -> float:
+            million = float(np.exp(log_million))
+            return 1 - self.loss(million + million_per_hour) / self.loss(million) - PAYING
+
+        log_hour = np.log(million_per_hour)
+        return float(np.exp(scipy.optimize.brentq(excess, log_hour - 10, log_hour + 15)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +101,27 @@ class Training:
     def heldout(self) -> list[list[float]]:
         """Rows of step, held-out loss, the same with inputs exchanged, and seconds where they were recorded."""
         return [list(map(float, row)) for row in self.record.get("heldout_curve", [])]
+
+    @property
+    def power_law(self) -> PowerLaw | None:
+        """Fitted to the held-out losses from a tenth of the run on; None where there are too few, or none fits."""
+        looks = [(row[0], row[1]) for row in self.heldout if row[0] >= float(self.record["step"]) / PARTS]
+        if len(looks) < LEAST_LOOKS:
+            return None
+        steps, losses = np.array(looks).T
+        million = steps * self.tokens_per_step / 1e6
+
+        def law(x: Floats, floor: float, scale: float, exponent: float) -> Floats:
+            return floor + scale * x**-exponent
+
+        guess, bounds = (losses[-1] / 2, losses[-1] / 2, 0.3), (0.0, [losses.min(), np.inf, 2.0])
+        try:
+            found, _ = scipy.optimize.curve_fit(law, million / million[-1], losses, guess, bounds=bounds)
+        except RuntimeError:
+            return None
+        floor, scale, exponent = map(float, found)
+        error = float(np.max(np.abs(law(million / million[-1], floor, scale, exponent) / losses - 1)))
+        return PowerLaw(floor, scale * float(million[-1]) ** exponent, exponent, error)
 
 
 def read_training(folder: Path, name: str = "") -> Training:
@@ -122,6 +180,20 @@ def summary(trainings: Sequence[Training]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def outlook(training: Training) -> str | None:
+    """What an hour more would pay, by the power law of the held-out losses; None where there is none."""
+    law, rate = training.power_law, training.get("tokens_per_second")
+    if law is None or not rate:
+        return None
+    hour = rate * 3600 / 1e6
+    return (
+        f"Held-out losses from a tenth of the run on lie within {law.error:.1%} of {law.floor:.2f} + "
+        f"{law.scale:.2f} N^-{law.exponent:.2f}, N in million tokens. By it, an hour more, {hour:.0f} million tokens "
+        f"at this run's rate, lowers the loss by less than {PAYING:.0%} from {law.paying_until(hour):,.0f} million "
+        "tokens on.\n"
+    )
+
+
 def curve(training: Training) -> tuple[list[str], list[list[str]]]:
     """The loss at the start, at about every tenth of the run and at its end.
 
@@ -163,6 +235,7 @@ def write_curves(trainings: Sequence[Training], folder: Path) -> Path:
     )
     for training in trainings:
         parts += [f"## {training.name}\n", markdown(*curve(training))]
+        parts += [text] if (text := outlook(training)) else []
     figure_path = folder / "pretraining.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -133,29 +133,28 @@ class KVCache:
     """Preallocated keys and values of one attention site while decoding, and the attention of a step over them.
 
     Values lie as (B, G, capacity, K). Keys lie so too where the kernel of `native.py` serves, and otherwise as torch's
-    products read them fastest: for float32 on CPU transposed, (B, G, K, capacity). On 2 cores that read 28 GB/s, caches
+    products read them fastest: for float32 on CPU transposed, (B, G, K, capacity). On 2 cores that read 50 GB/s, caches
     of 2048 positions and 64 heads of 64 at batch 8, larger than all processor caches, were read at (GB/s):
 
-        query heads per KV head           1     2     4     8    64
-        bfloat16, torch                21.6  17.8  15.8  11.4   4.1
-        bfloat16, native               24.4  20.1  18.7  13.3   2.4
-        float32, torch, transposed     28.2  19.8  16.0  11.8   5.3
-        float32, native                26.4  24.6  24.1  19.1   4.6
+        query heads per KV head           1     2     4     8    16    64
+        bfloat16, torch                22.4  21.3  19.5  17.1  12.3   4.2
+        bfloat16, native               47.3  41.2  40.9  32.2  21.2   6.4
+        float32, torch, transposed     33.3  27.9  21.3  16.5  12.5   4.6
+        float32, native                45.5  41.3  44.6  37.5  27.5   8.1
 
     Args:
         batch: sequences B.
         num_kv_heads: G.
-        queries: query heads per KV head R.
         capacity: positions.
         head_dim: K.
         like: gives dtype and device.
     """
 
-    def __init__(self, batch: int, num_kv_heads: int, queries: int, capacity: int, head_dim: int, like: Tensor) -> None:
+    def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         rows, columns = (batch, num_kv_heads, capacity, head_dim), (batch, num_kv_heads, head_dim, capacity)
         on_cpu = like.device.type == "cpu"
         enough = batch * num_kv_heads >= torch.get_num_threads()  # it shares the work out by sequence and KV head
-        self.native = on_cpu and enough and native.serves_attention(like.dtype, head_dim, queries)
+        self.native = on_cpu and enough and native.serves_attention(like.dtype, head_dim)
         self.keys_transposed = on_cpu and like.dtype == torch.float32 and not self.native
         self.keys = like.new_empty(columns if self.keys_transposed else rows)
         self.v_BGSK = like.new_empty(rows)

@@ -114,7 +114,7 @@ class PackedDecoderLayer(nn.Module):
 
     def cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
         """An empty cache of this layer's KV heads."""
-        return KVCache(batch, self.num_kv_heads, self.group, capacity, self.head_dim, like)
+        return KVCache(batch, self.num_kv_heads, capacity, self.head_dim, like)
 
     def fill_cross(self, cache: KVCache, encoded_BSD: Tensor) -> None:
         """Compute cross-attention's keys and values of all source positions into their cache."""

@@ -26,16 +26,13 @@ LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
 NEEDED = {"avx512f", "avx512_bf16"}
 HEAD_DIMS = (32, 64, 128)
-MOST_QUERIES = 8
-"""Query heads per KV head up to which it is at least as fast as torch's products; those then compute in tiles."""
 OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 """Outputs computed at a time, and the tiles that bfloat16 weights are packed in, as `decode_linear.cpp` reads them."""
 
 
-def serves_attention(dtype: torch.dtype, head_dim: int, queries: int) -> bool:
-    """Whether the kernel is there for such a cache, and worth it for so many query heads per KV head."""
-    known = dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS
-    return known and queries <= MOST_QUERIES and library() is not None
+def serves_attention(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel is there for such a cache."""
+    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and library() is not None
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from analysis import pretraining
-from analysis.pretraining import curve, main, read_training, summary, write_curves
+from analysis.pretraining import Training, curve, main, outlook, read_training, summary, write_curves
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -80,6 +82,37 @@ def test_command_writes_table_and_figure_of_several(tmp_path: Path, monkeypatch,
     assert figure.stat().st_size > 10_000
     text = (output / "pretraining.md").read_text()
     assert text.count("\n## ") == 2
+
+
+def looks_on(floor: float, scale: float, exponent: float) -> list[list[float]]:
+    """Held-out losses of a power law in million tokens, at every tenth of 1000 steps of 100 tokens."""
+    return [[step, floor + scale * (step / 1e4) ** -exponent, 9.0] for step in range(100, 1001, 100)]
+
+
+@given(floor=st.floats(0.5, 3.0), scale=st.floats(0.05, 1.0), exponent=st.floats(0.1, 1.0))
+@settings(max_examples=30, deadline=None)
+def test_a_power_law_is_found_and_tells_when_an_hour_stops_paying(floor: float, scale: float, exponent: float) -> None:
+    training = Training("base", record(heldout_curve=looks_on(floor, scale, exponent)))
+    law = training.power_law
+    assert law is not None
+    assert law.error < 1e-3
+    assert law.loss(0.05) == pytest.approx(floor + scale * 0.05**-exponent, rel=1e-3)
+    until = law.paying_until(7.2)  # 2000 tokens/s
+    assert law.loss(until + 7.2) == pytest.approx(0.99 * law.loss(until), rel=1e-6)
+    assert law.loss(1.1 * until + 7.2) > 0.99 * law.loss(1.1 * until), "later, an hour gains less"
+
+
+def test_the_outlook_is_written_where_losses_allow_one(tmp_path: Path) -> None:
+    law = Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5)))
+    text = outlook(law)
+    assert text is not None
+    assert "2.00 + 0.50 N^-0.50" in text
+    assert "7 million tokens at this run's rate" in text
+    few = Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5)[:4]))
+    assert outlook(few) is None
+    assert outlook(Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5), tokens_per_second=None))) is None
+    write_curves([law, few], tmp_path)
+    assert (tmp_path / "pretraining.md").read_text().count("By it, an hour more") == 1
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,15 @@ def geometry(kv_heads: int) -> T5Config:
     )  # fmt: skip
 
 
-def test_parts_do_the_work_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("step_seconds", "settling"), [(0.04, 3), (1.0, 1), (0.0, 50)])
+def test_parts_do_the_work_of_the_whole(monkeypatch: pytest.MonkeyPatch, step_seconds: float, settling: int) -> None:
     """Depths of encoder and decoder, the encoder's batch, and the fills at which steps run are those asked for."""
     torch.manual_seed(0)
     model = InferenceT5(T5(geometry(2)).eval())
     config = TimingConfig(
         batch_size=3, source_length=7, output_length=5, depths=[1, 4], fills=[1, 5], encoder_batch_size=2
     )
-    seen = []
+    seen, now = [], [0.0]
     real_encode, real_start, real_step = InferenceT5.encode, InferenceT5.start, InferenceT5.step
 
     def encode(self, ids):
@@ -125,19 +126,21 @@ def test_parts_do_the_work_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
         logits = real_step(self, token, state)
         assert logits.isfinite().all()
         seen.append(("step", len(self.layers), len(token), fill))
+        now[0] += step_seconds
         return logits
 
     for name, spy in (("encode", encode), ("start", start), ("step", step)):
         monkeypatch.setattr(InferenceT5, name, spy)
     runner = PartsRunner(model, config, torch.randint(0, 60, (3, 7)), model.config, predicted=None)
     with torch.inference_mode():
-        sample = runner.end_to_end(lambda: 0.0)
+        sample = runner.end_to_end(lambda: now[0])
     assert set(sample) == {at_depth(p, d) for p in ("encode", "cross_cache", "decode_step") for d in (1, 4)}
     for depth in (1, 4):
         assert ("encode", min(depth, 3), 2) in seen
         assert ("start", depth, 3) in seen
-        for fill in (1, 5):
-            assert seen.count(("step", depth, 3, fill)) == 3
+        assert seen.count(("step", depth, 3, 1)) == settling + 3, "some pass unrecorded until times have settled"
+        assert seen.count(("step", depth, 3, 5)) == 3
+        assert sample[at_depth("decode_step", depth)] == pytest.approx([step_seconds] * 6)
 
 
 def test_composed_and_whole_are_timed_side_by_side() -> None:
