@@ -35,6 +35,8 @@ SMOOTHING = 0.04
 
 PAYING = 0.01
 """An hour more is worth it while it lowers the held-out loss by so much of itself."""
+NO_FLOOR = 0.01
+"""A floor below this share of the last loss is none: the fit was stopped by its bound at zero."""
 LEAST_LOOKS = 6
 """Held-out losses that three numbers are fitted to, at least."""
 
@@ -104,7 +106,7 @@ class Training:
 
     @property
     def power_law(self) -> PowerLaw | None:
-        """Fitted to the held-out losses from a tenth of the run on; None where there are too few, or none fits."""
+        """Fitted to the held-out losses from a tenth of the run on; None where these are too few or show no floor."""
         looks = [(row[0], row[1]) for row in self.heldout if row[0] >= float(self.record["step"]) / PARTS]
         if len(looks) < LEAST_LOOKS:
             return None
@@ -120,6 +122,8 @@ class Training:
         except RuntimeError:
             return None
         floor, scale, exponent = map(float, found)
+        if floor < NO_FLOOR * losses[-1]:  # still too straight, on logarithmic axes, to look beyond its end
+            return None
         error = float(np.max(np.abs(law(million / million[-1], floor, scale, exponent) / losses - 1)))
         return PowerLaw(floor, scale * float(million[-1]) ** exponent, exponent, error)
 

@@ -145,7 +145,6 @@ def table(job: Job) -> str:
     rows = []
     for name in job.variants:
         fields = job.fields(name)
-        bandwidth, read = number(fields.get("decode_bandwidth")), number(fields.get("memory_bandwidth"))
         rows.append(
             [
                 f"{name} *" if fields.get("composed") else name,
@@ -154,8 +153,8 @@ def table(job: Job) -> str:
                 with_interval(job.estimate(name, "speedup"), 2),
                 _scaled(fields.get("decode_step"), 1e3, 2),
                 _scaled(fields.get("predicted_decode_step"), 1e3, 2),
-                _scaled(bandwidth, 1e-9),
-                _scaled(bandwidth, 1 / read, 2) if read else MISSING,
+                _scaled(fields.get("decode_bandwidth"), 1e-9),
+                _scaled(fields.get("bandwidth_share"), 1, 2),
                 *(f"{relative[curve][name]:.2f}" if name in relative[curve] else MISSING for curve in curves),
             ]
         )

@@ -146,6 +146,7 @@ TIME_FIELDS = {
     "decode_step_bytes": "bytes one decode step must read, at the mean cache fill",
     "decode_bandwidth": "decode_step_bytes / decode_step, bytes per second",
     "memory_bandwidth": "plain read of memory in the same process, right after the decode steps, bytes per second",
+    "bandwidth_share": "decode_bandwidth / memory_bandwidth, median of the per-round ratios",
     "predicted_per_sample": "the cost model's lower bound on this host, seconds per sample end to end",
     "predicted_decode_step": "the same for one decode step of a batch at the mean cache fill",
     "natural_length_per_sample": "seconds per sample when generation stops at end-of-sequence, on task inputs",

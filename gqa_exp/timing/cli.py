@@ -316,7 +316,6 @@ def _table(report: TimingReport) -> Table:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for name in report.names:
         row = report.fields(name)
-        bandwidth = row["decode_bandwidth"]
         table.add_row(
             f"{name} *" if row["composed"] else name,
             _estimate(report.per_sample(name), 1e3),
@@ -326,8 +325,8 @@ def _table(report: TimingReport) -> Table:
             _scaled(row["decode_step"], 1e3),
             _scaled(row["predicted_decode_step"], 1e3),
             _estimate(report.decode_step_speedup(name)),
-            _scaled(bandwidth, 1e-9),
-            _scaled(bandwidth, 1 / report.memory_bandwidth(name)),
+            _scaled(row["decode_bandwidth"], 1e-9),
+            _scaled(row["bandwidth_share"], 1),
             _scaled(report.allocated_cache_bytes_per_sample(name), 2**-20),
         )
     return table

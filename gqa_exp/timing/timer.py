@@ -47,8 +47,8 @@ BELOW_BOUND = 0.95
 WORTH_COMPILING = 500e6
 """Bytes of a decode step below which compiling is worth it on a CPU: at 30 GB/s a step of so many takes 17 ms, against
 1 to 2 ms that Python and small operations take in 12 layers. A GPU reads as many in less than 1 ms."""
-STEP_REPEATS = 3
-"""Repetitions of a decode step at each fill, where steps are sampled."""
+STEP_REPEATS, STEP_SECONDS = 3, 0.1
+"""Where steps are sampled, at each fill: so many, or as many as take so long, if that is more."""
 SETTLING_SECONDS, SETTLING_STEPS = 0.1, 50
 """Before steps are sampled, so many seconds of them pass unrecorded, or so many steps. Right after an encoder's matrix
 products, steps of a few ms took 15 % longer than from some 50 ms on: a whole run has that once, a sample had it
@@ -311,6 +311,17 @@ class TimingReport:
         seconds = self._phase(name, "memory_read")
         return self.costs[name].plain_read_bytes / seconds if seconds else self.host.bandwidth
 
+    def bandwidth_share(self, name: str) -> float | None:
+        """Bandwidth of a decode step as a share of the plain read's beside it, median over rounds.
+
+        Within the round, since memory shared with neighbours has been seen to give 50 GB/s in one and 75 in the next.
+        """
+        cost, series = self.costs[name], self._phased(name)
+        steps, reads = series.per_round(name, "decode_step"), series.per_round(name, "memory_read")
+        given = [cost.plain_read_bytes / seconds for seconds in reads] or [self.host.bandwidth] * len(steps)
+        shares = [cost.decode_step_bytes / step / read for step, read in zip(steps, given, strict=True)]
+        return float(np.median(shares)) if shares else None
+
     def fields(self, name: str) -> dict[str, Scalar]:
         """The entries of `Result.time` for one variant: exactly the names of `results.TIME_FIELDS`.
 
@@ -341,6 +352,7 @@ class TimingReport:
             "decode_step_bytes": cost.decode_step_bytes,
             "decode_bandwidth": cost.decode_step_bytes / step if step else None,
             "memory_bandwidth": self.memory_bandwidth(name),
+            "bandwidth_share": self.bandwidth_share(name),
             "predicted_per_sample": cost.predicted.total / self.config.batch_size if cost.predicted else None,
             "predicted_decode_step": cost.predicted.step if cost.predicted else None,
             "natural_length_per_sample": (
@@ -393,10 +405,13 @@ class TimingReport:
     def _seconds_per_sample(self, name: str) -> list[float]:
         return [s / self.config.batch_size for s in self.end_to_end.per_round(name, "end_to_end")]
 
+    def _phased(self, name: str) -> Series:
+        """Where the variant's phases were timed."""
+        return self.end_to_end if name in self.end_to_end.compositions else self.phases
+
     def _phase(self, name: str, phase: str) -> float | None:
         """Median seconds of a phase over all its repetitions in sound rounds."""
-        series = self.end_to_end if name in self.end_to_end.compositions else self.phases
-        seconds = [s for sample in series.samples(name) for s in sample.get(phase, [])]
+        seconds = [s for sample in self._phased(name).samples(name) for s in sample.get(phase, [])]
         return float(np.median(seconds)) if seconds else None
 
     def _ratio(self, series: Series, name: str, other: str, phase: str) -> Estimate | None:
@@ -704,13 +719,13 @@ class PartsRunner:
             model.step(token_B, state).argmax(-1)
             return clock() - start
 
+        repeats = 1
         if config.fills:
-            settled = 0.0
-            for _ in range(SETTLING_STEPS):
-                settled += step(config.fills[0])
-                if settled >= SETTLING_SECONDS:
-                    break
-        steps = [step(fill) for fill in self.composition.fills for _ in range(STEP_REPEATS if config.fills else 1)]
+            settling: list[float] = []
+            while sum(settling) < SETTLING_SECONDS and len(settling) < SETTLING_STEPS:
+                settling.append(step(config.fills[0]))
+            repeats = max(STEP_REPEATS, int(STEP_SECONDS / SETTLING_SECONDS * len(settling)))
+        steps = [step(fill) for fill in self.composition.fills for _ in range(repeats)]
         found = {"encode": [encode], "cross_cache": [cross_cache], "decode_step": steps}
         return {**found, **_plain_reads(self.read, clock)}
 

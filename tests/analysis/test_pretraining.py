@@ -110,6 +110,7 @@ def test_the_outlook_is_written_where_losses_allow_one(tmp_path: Path) -> None:
     assert "7 million tokens at this run's rate" in text
     few = Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5)[:4]))
     assert outlook(few) is None
+    assert outlook(Training("base", record(heldout_curve=looks_on(0.0, 3.0, 0.1)))) is None, "no floor in sight"
     assert outlook(Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5), tokens_per_second=None))) is None
     write_curves([law, few], tmp_path)
     assert (tmp_path / "pretraining.md").read_text().count("By it, an hour more") == 1

@@ -23,7 +23,7 @@ def record(model: str = "t5_xxl", **changes: object) -> dict[str, object]:
         fields = {
             "per_sample": seconds, "per_sample_low": seconds - 0.1, "per_sample_high": seconds + 0.1,
             "speedup": 2.0, "predicted_per_sample": seconds / 2, "decode_step": 0.25, "predicted_decode_step": 0.125,
-            "decode_bandwidth": 2e10, "memory_bandwidth": 4e10, "dtype": "bfloat16",
+            "decode_bandwidth": 2e10, "bandwidth_share": 0.5, "dtype": "bfloat16",
             "composed": "extended from 1, 2, 4 to 24 + 24 layers", "fit_error": 0.01 * heads,
         }  # fmt: skip
         variants[f"G{heads}"] = {"fields": fields}

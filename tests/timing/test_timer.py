@@ -216,9 +216,31 @@ def test_bandwidth_is_what_memory_gave_beside_the_runs(
     assert report.fields("MQA")["predicted_decode_step"] == 0.25, "fixed before anything was timed"
 
 
+def test_share_of_the_bandwidth_is_taken_within_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of 0.75, 0.5 and 1.25, where the median step and the median read, apart, would make 1.25."""
+    rounds = iter([(0.1, 0.3), (0.05, 0.1), (0.06, 0.3)])
+
+    def phases(self: FakeRunner, clock: FakeClock) -> Sample:
+        step, read = next(rounds) if self.name == "MQA" else (1.0, 1.0)
+        clock.now += 1.0
+        found = {"encode": [1.0], "cross_cache": [1.0], "first_token": [1.0]}
+        return {**found, "decode_step": [step], "memory_read": [read, read, 9.0]}
+
+    cost = FakeRunner.cost
+    monkeypatch.setattr(FakeRunner, "phases", phases)
+    monkeypatch.setattr(
+        FakeRunner, "cost",
+        lambda self: dataclasses.replace(cost(self), decode_step_bytes=10**9, plain_read_bytes=4 * 10**9),
+    )  # fmt: skip
+    report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
+    assert report.bandwidth_share("MQA") == pytest.approx(0.75)
+    assert report.fields("MHA")["bandwidth_share"] == pytest.approx(0.25)
+
+
 def test_bandwidth_is_the_probe_s_where_nothing_was_read_beside() -> None:
     report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
     assert report.fields("MHA")["memory_bandwidth"] == HOST.bandwidth
+    assert report.fields("MQA")["bandwidth_share"] == pytest.approx(800 / 0.1 / HOST.bandwidth)
 
 
 def test_fields_are_the_schema_s() -> None:
