@@ -227,8 +227,9 @@ class TimingConfig:
     max_seconds: float = bounded(600.0, 1.0)
     warmup_rounds: int = bounded(1, 1)
     compile: str = one_of("auto", ("auto", "on", "off"))
-    """torch.compile decode steps; auto: on a GPU all, on a CPU those that read less than 500 MB. Longer ones gain
-    nothing there, and compiling would hold their weights twice. Eager where there is no compiler."""
+    """torch.compile decode steps; auto: on a GPU all, on a CPU those that read less than 500 MB and for which there are
+    no kernels of our own. Others gain nothing there, and compiling would hold their weights twice. Eager where there is
+    no compiler."""
     cross_kv: str = one_of("cached", CROSS_KV)
     depths: list[int] = field(default_factory=list)
     """Layers of encoder and decoder to time, two numbers or more; extended linearly to the geometry's. Empty: whole."""

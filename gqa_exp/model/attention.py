@@ -153,8 +153,7 @@ class KVCache:
     def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> None:
         rows, columns = (batch, num_kv_heads, capacity, head_dim), (batch, num_kv_heads, head_dim, capacity)
         on_cpu = like.device.type == "cpu"
-        enough = batch * num_kv_heads >= torch.get_num_threads()  # it shares the work out by sequence and KV head
-        self.native = on_cpu and enough and native.serves_attention(like.dtype, head_dim)
+        self.native = on_cpu and native.serves_attention(like.dtype, head_dim)
         self.keys_transposed = on_cpu and like.dtype == torch.float32 and not self.native
         self.keys = like.new_empty(columns if self.keys_transposed else rows)
         self.v_BGSK = like.new_empty(rows)

@@ -1,9 +1,10 @@
 // Attention of one query position per sequence over cached keys and values, at the speed at which memory is read.
 //
-// A key/value head is read once for all of its R queries: keys sixteen at a time, then values. Scores and sums are
-// float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
+// A key/value head is read once for all of its R queries: keys sixteen at a time, then values. Only where there are fewer
+// heads than threads, as for MQA of one sequence, do threads share a head's queries. Scores and sums are float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -209,23 +210,27 @@ void attend(const T* q, const T* k, const T* v, const T* bias, T* out, const lon
   const long bias_batch = sizes[6], bias_group = sizes[7], bias_query = sizes[8];
   const long stride = (end + kKeys - 1) / kKeys * kKeys + kKeys;  // a line more, or all rows share a cache set
   constexpr int at_once = K <= 64 ? 4 : 2;
+  const long threads = omp_get_max_threads();
+  const long wanted = std::min(R, (threads - 1) / std::max(1L, B * G) + 1), part = (R + wanted - 1) / wanted;
+  const long parts = (R + part - 1) / part;  // of a head's queries, each of `part` or, the last, fewer
 #pragma omp parallel
   {
-    std::vector<float> scores(R * stride);
+    std::vector<float> scores(part * stride);
 #pragma omp for schedule(static)
-    for (long pair = 0; pair < B * G; ++pair) {
-      const long b = pair / G, g = pair % G;
+    for (long unit = 0; unit < B * G * parts; ++unit) {
+      const long pair = unit / parts, b = pair / G, g = pair % G;
+      const long first = unit % parts * part, queries = std::min(part, R - first);
       const T* values = v + pair * head;
-      T* mixed = out + pair * R * K;
-      const auto score = R > kFewQueries ? score_many<T, K> : score_few<T, K>;
-      score(q + b * q_batch + g * R * K, k + pair * head, R, end, scores.data(), stride);
-      for (long r = 0; r < R; ++r)
+      T* mixed = out + (pair * R + first) * K;
+      const auto score = queries > kFewQueries ? score_many<T, K> : score_few<T, K>;
+      score(q + b * q_batch + (g * R + first) * K, k + pair * head, queries, end, scores.data(), stride);
+      for (long r = 0; r < queries; ++r)
         softmax<T>(scores.data() + r * stride,
-                   bias ? bias + b * bias_batch + g * bias_group + r * bias_query : nullptr, end);
+                   bias ? bias + b * bias_batch + g * bias_group + (first + r) * bias_query : nullptr, end);
       long r = 0;
-      for (; r + at_once <= R; r += at_once)
+      for (; r + at_once <= queries; r += at_once)
         mix<T, K, at_once>(scores.data() + r * stride, stride, values, end, mixed + r * K);
-      for (; r < R; ++r) mix<T, K, 1>(scores.data() + r * stride, stride, values, end, mixed + r * K);
+      for (; r < queries; ++r) mix<T, K, 1>(scores.data() + r * stride, stride, values, end, mixed + r * K);
     }
   }
 }

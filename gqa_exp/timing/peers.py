@@ -274,7 +274,8 @@ def main() -> None:
         }
     out = Console()
     (out if out.is_terminal else Console(width=160)).print(table)
-    print(json.dumps({"settings": vars(arguments), "engines": summary, "environment": environment()}))
+    settings = {**vars(arguments), "t5gqa_python": bool(arguments.t5gqa_python)}  # whether, not where
+    print(json.dumps({"settings": settings, "engines": summary, "environment": environment()}))
 
 
 def _timed(decode: Decode, tokens: int) -> Callable[[], Sample]:

@@ -257,19 +257,24 @@ def test_fields_are_the_schema_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "setting", "device", "compiled"),
+    ("model", "setting", "device", "kernels", "dtype", "compiled"),
     [
-        ("mini", "auto", "cpu", True),
-        ("t5_large", "auto", "cpu", False),  # 1.5 GB a step: 50 ms at 30 GB/s
-        ("t5_large", "auto", "cuda", True),
-        ("t5_large", "on", "cpu", True),
-        ("mini", "off", "cuda", False),
+        ("mini", "auto", "cpu", False, "bfloat16", True),
+        ("mini", "auto", "cpu", True, "bfloat16", False),
+        ("mini", "auto", "cpu", True, "float16", True),  # they do not serve it
+        ("t5_large", "auto", "cpu", False, "bfloat16", False),  # 1.5 GB a step: 50 ms at 30 GB/s
+        ("t5_large", "auto", "cuda", True, "bfloat16", True),
+        ("t5_large", "on", "cpu", True, "bfloat16", True),
+        ("mini", "off", "cuda", False, "bfloat16", False),
     ],
 )
-def test_what_is_compiled_unasked(model: str, setting: str, device: str, compiled: bool) -> None:
+def test_what_is_compiled_unasked(
+    monkeypatch: pytest.MonkeyPatch, model: str, setting: str, device: str, kernels: bool, dtype: str, compiled: bool
+) -> None:
+    monkeypatch.setattr("gqa_exp.model.native.library", lambda: object() if kernels else None)
     geometry = T5Config.from_model_config(read_model_config(model))
     config = TimingConfig(compile=setting, device=device, batch_size=8, source_length=512, output_length=64)
-    assert to_compile(config, geometry, "bfloat16") is compiled
+    assert to_compile(config, geometry, dtype) is compiled
 
 
 def test_raw_times_survive_json() -> None:
