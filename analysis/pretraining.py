@@ -36,7 +36,9 @@ SMOOTHING = 0.04
 PAYING = 0.01
 """An hour more is worth it while it lowers the held-out loss by so much of itself."""
 NO_FLOOR = 0.01
-"""A floor below this share of the last loss is none: the fit was stopped by its bound at zero."""
+"""A floor nearer than this, as a share of the lowest loss, to zero or to that loss is a bound that stopped the fit."""
+WORST_FIT = 0.02
+"""A law that misses a loss by a larger share is none."""
 LEAST_LOOKS = 6
 """Held-out losses that three numbers are fitted to, at least."""
 
@@ -59,14 +61,14 @@ class PowerLaw:
         return float(self.floor + self.scale * million**-self.exponent)
 
     def paying_until(self, million_per_hour: float) -> float:
-        """Million tokens after which one hour more gains less than `PAYING`."""
+        """Million tokens after which one hour more gains less than `PAYING`; 0 if none ever gained so much."""
 
         def excess(log_million: float) -> float:
             million = float(np.exp(log_million))
             return 1 - self.loss(million + million_per_hour) / self.loss(million) - PAYING
 
-        log_hour = np.log(million_per_hour)
-        return float(np.exp(scipy.optimize.brentq(excess, log_hour - 10, log_hour + 15)))
+        low, high = np.log(million_per_hour) - 10, np.log(million_per_hour) + 15
+        return float(np.exp(scipy.optimize.brentq(excess, low, high))) if excess(low) > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,12 @@ class Training:
 
     @property
     def power_law(self) -> PowerLaw | None:
-        """Fitted to the held-out losses from a tenth of the run on; None where these are too few or show no floor."""
-        looks = [(row[0], row[1]) for row in self.heldout if row[0] >= float(self.record["step"]) / PARTS]
+        """Fitted to the held-out losses from a tenth of the run on; None where these are too few or follow no such law.
+
+        Nor is there one without a floor in sight, since what lies beyond the run's end hangs on it.
+        """
+        first = float(self.record["step"]) / PARTS
+        looks = [(row[0], row[1]) for row in self.heldout if row[0] >= first and np.isfinite(row[1])]
         if len(looks) < LEAST_LOOKS:
             return None
         steps, losses = np.array(looks).T
@@ -116,15 +122,16 @@ class Training:
         def law(x: Floats, floor: float, scale: float, exponent: float) -> Floats:
             return floor + scale * x**-exponent
 
-        guess, bounds = (losses[-1] / 2, losses[-1] / 2, 0.3), (0.0, [losses.min(), np.inf, 2.0])
+        lowest = float(losses.min())
+        guess, bounds = (lowest / 2, lowest / 2, 0.3), (0.0, [lowest, np.inf, 2.0])
         try:
             found, _ = scipy.optimize.curve_fit(law, million / million[-1], losses, guess, bounds=bounds)
         except RuntimeError:
             return None
         floor, scale, exponent = map(float, found)
-        if floor < NO_FLOOR * losses[-1]:  # still too straight, on logarithmic axes, to look beyond its end
-            return None
         error = float(np.max(np.abs(law(million / million[-1], floor, scale, exponent) / losses - 1)))
+        if not (NO_FLOOR < floor / lowest < 1 - NO_FLOOR and exponent > NO_FLOOR and error < WORST_FIT):
+            return None
         return PowerLaw(floor, scale * float(million[-1]) ** exponent, exponent, error)
 
 

@@ -4,7 +4,7 @@ Reads the files that gqa-time writes (OUTPUT/times/KEY.json). No quality stands 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def table(job: Job) -> str:
                 _scaled(fields.get("decode_step"), 1e3, 2),
                 _scaled(fields.get("predicted_decode_step"), 1e3, 2),
                 _scaled(fields.get("decode_bandwidth"), 1e-9),
-                _scaled(fields.get("bandwidth_share"), 1, 2),
+                _scaled(_share(fields), 1, 2),
                 *(f"{relative[curve][name]:.2f}" if name in relative[curve] else MISSING for curve in curves),
             ]
         )
@@ -182,6 +182,13 @@ def _relative(values: dict[str, float]) -> dict[str, float]:
     """Values over the first, which is that of the fewest KV heads."""
     first = next(iter(values.values()))
     return {name: value / first for name, value in values.items()}
+
+
+def _share(fields: Mapping[str, object]) -> float | None:
+    """Of the plain read's bandwidth; records of before this was a field of its own have the two bandwidths."""
+    achieved, read = number(fields.get("decode_bandwidth")), number(fields.get("memory_bandwidth"))
+    share = number(fields.get("bandwidth_share"))
+    return achieved / read if share is None and achieved and read else share
 
 
 def _scaled(value: object, scale: float, digits: int = 1) -> str:

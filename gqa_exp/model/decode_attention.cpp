@@ -1,7 +1,8 @@
 // Attention of one query position per sequence over cached keys and values, at the speed at which memory is read.
 //
-// A key/value head is read once for all of its R queries: keys sixteen at a time, then values. Only where there are fewer
-// heads than threads, as for MQA of one sequence, do threads share a head's queries. Scores and sums are float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
+// A key/value head is read once for all of its R queries: keys sixteen at a time, then values. Only where there are
+// fewer heads than threads, as for MQA of one sequence, do threads share a head's queries. Scores and sums are float32.
+// Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -211,7 +212,7 @@ void attend(const T* q, const T* k, const T* v, const T* bias, T* out, const lon
   const long stride = (end + kKeys - 1) / kKeys * kKeys + kKeys;  // a line more, or all rows share a cache set
   constexpr int at_once = K <= 64 ? 4 : 2;
   const long threads = omp_get_max_threads();
-  const long wanted = std::min(R, (threads - 1) / std::max(1L, B * G) + 1), part = (R + wanted - 1) / wanted;
+  const long sharers = std::min(R, std::max(1L, threads / std::max(1L, B * G))), part = (R + sharers - 1) / sharers;
   const long parts = (R + part - 1) / part;  // of a head's queries, each of `part` or, the last, fewer
 #pragma omp parallel
   {

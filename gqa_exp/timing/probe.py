@@ -20,8 +20,8 @@ CACHE_MULTIPLE = 8
 """The buffer is this many times the last-level cache, so that at most an eighth of a pass can come from it."""
 SMALLEST_BUFFER = 256 * 2**20
 LARGEST_BUFFER = 4 * 2**30
-CUDA_BUFFER = 2**30
-"""Twenty times the last-level cache of an H100 (50 MB)."""
+CUDA_BUFFER = 2 * 2**30
+"""Several tens of times the last-level cache of any GPU (50 MB on H100)."""
 
 
 def synchronised_clock(device: str) -> Callable[[], float]:

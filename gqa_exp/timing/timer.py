@@ -48,11 +48,11 @@ WORTH_COMPILING = 500e6
 """Bytes of a decode step below which compiling is worth it on a CPU without kernels of our own: at 30 GB/s a step of so
 many takes 17 ms, against 1 to 2 ms that Python and small operations take in 12 layers. Beside the kernels, compiled
 steps of mini to T5-Base took 1.05 to 1.23 times as long as eager ones. A GPU reads as many bytes in less than 1 ms."""
-STEP_REPEATS, STEP_SECONDS = 3, 0.1
-"""Where steps are sampled, at each fill: so many, or as many as take so long, if that is more."""
-SETTLING_SECONDS, SETTLING_STEPS = 0.1, 50
+STEP_REPEATS = 3
+"""Where steps are sampled, at each fill: so many, or as many as it took to settle, if that is more."""
+SETTLING_SECONDS, SETTLING_STEPS = 0.1, 200
 """Before steps are sampled, so many seconds of them pass unrecorded, or so many steps. Right after an encoder's matrix
-products, steps of a few ms took 15 % longer than from some 50 ms on: a whole run has that once, a sample had it
+products, steps of a few ms took up to 20 % longer than from some 50 ms on: a whole run has that once, a sample had it
 throughout."""
 READ_REPEATS = 3
 """Plain reads of memory beside each phased run."""
@@ -319,9 +319,11 @@ class TimingReport:
         """
         cost, series = self.costs[name], self._phased(name)
         steps, reads = series.per_round(name, "decode_step"), series.per_round(name, "memory_read")
+        if not steps:  # an output of one token has no further step
+            return None
         given = [cost.plain_read_bytes / seconds for seconds in reads] or [self.host.bandwidth] * len(steps)
         shares = [cost.decode_step_bytes / step / read for step, read in zip(steps, given, strict=True)]
-        return float(np.median(shares)) if shares else None
+        return float(np.median(shares))
 
     def fields(self, name: str) -> dict[str, Scalar]:
         """The entries of `Result.time` for one variant: exactly the names of `results.TIME_FIELDS`.
@@ -728,7 +730,7 @@ class PartsRunner:
             settling: list[float] = []
             while sum(settling) < SETTLING_SECONDS and len(settling) < SETTLING_STEPS:
                 settling.append(step(config.fills[0]))
-            repeats = max(STEP_REPEATS, int(STEP_SECONDS / SETTLING_SECONDS * len(settling)))
+            repeats = max(STEP_REPEATS, len(settling))
         steps = [step(fill) for fill in self.composition.fills for _ in range(repeats)]
         found = {"encode": [encode], "cross_cache": [cross_cache], "decode_step": steps}
         return {**found, **_plain_reads(self.read, clock)}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import pretraining
-from analysis.pretraining import Training, curve, main, outlook, read_training, summary, write_curves
+from analysis.pretraining import PowerLaw, Training, curve, main, outlook, read_training, summary, write_curves
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -114,6 +114,36 @@ def test_the_outlook_is_written_where_losses_allow_one(tmp_path: Path) -> None:
     assert outlook(Training("base", record(heldout_curve=looks_on(2.0, 0.5, 0.5), tokens_per_second=None))) is None
     write_curves([law, few], tmp_path)
     assert (tmp_path / "pretraining.md").read_text().count("By it, an hour more") == 1
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [3.0] * 10,
+        [3.0 + 0.01 * (-1) ** i for i in range(10)],
+        [2.0 + 0.1 * i for i in range(10)],  # rising
+        [3.0, 2.8, 2.6, 2.5, 2.45, 2.5, 2.7, 3.2, 5.0, 9.0],  # diverging
+        [3.0, 2.7, 2.5, 2.4, 2.35, 2.35, 2.4, 2.5, 2.6, 2.75],  # learning its text by heart
+        [float("nan")] * 10,
+    ],
+)
+def test_losses_that_follow_no_law_give_no_outlook(tmp_path: Path, losses: list[float]) -> None:
+    looks = [[100.0 * (i + 1), loss, 9.0] for i, loss in enumerate(losses)]
+    training = Training("base", record(heldout_curve=looks))
+    assert training.power_law is None
+    assert write_curves([training], tmp_path).exists()
+
+
+def test_a_loss_that_is_not_a_number_is_left_out_of_the_law() -> None:
+    looks = looks_on(2.0, 0.5, 0.5)
+    looks[4][1] = float("nan")
+    law = Training("base", record(heldout_curve=looks)).power_law
+    assert law is not None
+    assert law.floor == pytest.approx(2.0, rel=1e-3)
+
+
+def test_hours_too_short_to_ever_pay() -> None:
+    assert PowerLaw(2.0, 0.001, 0.01, 0.0).paying_until(5.0) == 0
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def test_curves_are_relative_to_the_fewest_heads(tmp_path: Path) -> None:
     assert list(curves) == ["measured", "cost model, this host", "cost model, 8 TPUv4", "paper, 8 TPUv4"]
     assert curves["paper, 8 TPUv4"] == {f"G{heads}": seconds for heads, seconds in paper.FIGURE_6.items()}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(job).splitlines() if "G64" in line]
+    old = record()
+    for variant in old["variants"].values():
+        variant["fields"] |= {"bandwidth_share": None, "memory_bandwidth": 8e10}
+    (tmp_path / "a.json").write_text(json.dumps(old))
+    assert " 0.25 |" in table(read_jobs(tmp_path)[0]), "records of before it was a field: from the two bandwidths"
     assert rows == [[
         "G64 *", "7400.0 [7300.0, 7500.0]", "3700.0", "2.00", "250.00", "125.00", "20.0", "0.50",
         f"{7.4 / 1.1:.2f}", f"{7.4 / 1.1:.2f}", "64.00", f"{2.53 / 0.49:.2f}",

@@ -143,12 +143,14 @@ def attention_by_heads(q, k, v, bias):
     sizes=st.tuples(
         st.integers(1, 3), st.integers(1, 3), st.integers(1, 23), st.integers(1, 70), st.sampled_from([8, 32, 64, 128])
     ),
+    threads=st.sampled_from([1, 2, 3, 5, 16]),
     seed=st.integers(0, 999),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_step_over_the_cache_is_attention_with_repeated_heads(kernel, dtype, tolerance, sizes, seed, data):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_step_over_the_cache_is_attention_with_repeated_heads(kernel, dtype, tolerance, sizes, threads, seed, data):
     B, G, R, S, K = sizes
+    torch.set_num_threads(threads)  # beyond the KV heads they share a head's queries
     torch.manual_seed(seed)
     cache = KVCache(B, G, S, K, like=torch.zeros((), dtype=dtype))
     end = data.draw(st.integers(1, S))

@@ -237,6 +237,14 @@ def test_share_of_the_bandwidth_is_taken_within_the_round(monkeypatch: pytest.Mo
     assert report.fields("MHA")["bandwidth_share"] == pytest.approx(0.25)
 
 
+def test_an_output_of_one_token_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"encode": [1.0], "cross_cache": [1.0], "first_token": [1.0], "decode_step": [], "memory_read": [1.0] * 3}
+    monkeypatch.setattr(FakeRunner, "phases", lambda self, clock: found)
+    report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
+    fields = report.fields("MQA")
+    assert fields["bandwidth_share"] is fields["decode_bandwidth"] is None
+
+
 def test_bandwidth_is_the_probe_s_where_nothing_was_read_beside() -> None:
     report, _ = report_of(itertools.repeat(1.0), itertools.repeat(1.0))
     assert report.fields("MHA")["memory_bandwidth"] == HOST.bandwidth

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gqa_exp.host import can_compile
 from gqa_exp.training.loss import summed_nll, token_loss
 
 
@@ -73,3 +74,16 @@ def test_computes_in_float32():
     exact = token_loss(halved.detach().float(), labels, 1e-4)
     assert (float(loss.detach()), float(nll)) == (float(exact[0]), float(exact[1]))
     assert not nll.requires_grad
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="no compiler")
+def test_compiled_it_is_the_same_for_batches_of_any_shape():
+    compiled = torch.compile(token_loss)
+    for B, T, padded in ((2, 5, 1), (3, 4, 0), (1, 7, 3), (2, 5, 5)):  # in the last, all is padding
+        logits = (3 * torch.randn(B, T, 40)).bfloat16().requires_grad_()
+        labels = torch.randint(1, 40, (B, T))
+        labels[:, T - padded :] = 0
+        results = [function(logits, labels, 1e-2) for function in (compiled, token_loss)]
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss, _ in results]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)  # a last digit of bfloat16
