@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gqa_exp.data import embedded
@@ -135,17 +135,27 @@ def from_json(json_folder):
 ODD = ["</s>", "<pad> a <unk>", "<extra_id_0>", "a\0b", "\u2581\u2047\u2581", "漢字 and \u2047", "  two  spaces\n", ""]
 
 
+@pytest.fixture(scope="module")
+def likelihood():
+    """Of the pieces of ids, in total, without those that SentencePiece's model does not have."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    return lambda ids: sum(pieces.get_score(i) for i in ids if i < pieces.get_piece_size())
+
+
 @given(
     text=st.one_of(st.sampled_from([*TEXTS, *ODD]), st.text(alphabet="abcdeghnst äöüßTHX.,!?()-8\n漢ﬁ½", max_size=60))
 )
-def test_both_kinds_of_files_give_the_same(text, from_json):
+@example(text="88?bbb")  # "b" + "bb" is as likely as "bb" + "b"
+def test_both_kinds_of_files_give_the_same(text, from_json, likelihood):
     ours = default_tokenizer()
     ids = ours.encode(text)
-    assert from_json.encode(text) == ids
     assert from_json.decode(ids) == ours.decode(ids)
     marked = f"{text} <extra_id_3> {text}"
-    if "<extra_id_0>" not in text:
-        assert from_json.encode(marked, sentinels=True) == ours.encode(marked, sentinels=True)
+    for encoded, sentinels in ((text, False), *([] if "<extra_id_0>" in text else [(marked, True)])):
+        expected, found = (each.encode(encoded, sentinels=sentinels) for each in (ours, from_json))
+        if found != expected:  # the two libraries break ties between splits of a word in their own ways
+            assert likelihood(found) == pytest.approx(likelihood(expected), rel=1e-6)
+            assert from_json.decode(found) == ours.decode(expected)
 
 
 def test_both_kinds_agree_on_the_embedded_text(from_json):
