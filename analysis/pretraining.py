@@ -31,8 +31,6 @@ COLOURS = [colour for colour, _ in (MHA_STYLE, MQA_STYLE, *GQA_STYLES)]
 PARTS = 10
 SMOOTHING = 0.04
 """Share of all reports that the smoothed training loss averages at each: a report is the loss of one step's batch."""
-
-
 PAYING = 0.01
 """An hour more is worth it while it lowers the held-out loss by so much of itself."""
 NO_FLOOR = 0.01

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr long kKeys = 16;     // keys whose scores fill one vector
+constexpr long kKeys = 16;  // keys whose scores fill one vector
 constexpr long kFewQueries = 3;  // queries up to which turning the keys costs more than it saves
 constexpr long kAhead = 2048;  // bytes to prefetch ahead; 1 to 8 KiB measured the same, without it 10 % less
 constexpr long kLine = 64;     // bytes of a cache line

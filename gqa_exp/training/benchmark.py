@@ -36,6 +36,7 @@ from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
 
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm")
+"""Matrix products, as torch's profiler names them."""
 SHAPES = {"pre-training": (56, 128, 29), "fine-tuning": (14, 256, 32)}
 """Windows or examples of a step, input tokens, target tokens: the mini base's own, and debian_synopsis's at 4096."""
 Logits = Callable[[Tensor, Tensor], Tensor]
