@@ -22,7 +22,12 @@ from gqa_exp.model import native
 
 
 def grouped_attention(
-    q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+    q_BTHK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of H query heads over G key/value heads, without the 1/sqrt(K) scale (T5 folds it into initialisation).
 
@@ -31,11 +36,19 @@ def grouped_attention(
         k_BGSK: keys, G dividing H.
         v_BGSK: values.
         bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both.
+        mask: added too, (B, 1, 1, S), without gradient: apart from a bias that all samples share, since only the
+            kernel of `native.py` can do without their sum.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, T, H, K), the weighted values of each query head.
     """
+    if not dropout and native.serves_sequences(q_BTHK, bias, mask):
+        return native.sequence_attention(q_BTHK, k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2), bias, mask)
+    if bias is None or mask is None:
+        bias = mask if bias is None else bias
+    else:
+        bias = bias + mask
     B, T, H, K = q_BTHK.shape
     G, S = k_BGSK.shape[1:3]
     R = H // G
@@ -89,16 +102,25 @@ class GroupedAttention(nn.Module):
         shape = (B, S, self.num_kv_heads, self.head_dim)
         return self.k(x_BSD).view(shape).transpose(1, 2), self.v(x_BSD).view(shape).transpose(1, 2)
 
-    def attend(self, x_BTD: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        x_BTD: Tensor,
+        k_BGSK: Tensor,
+        v_BGSK: Tensor,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Attend from x (B, T, D) to given keys and values; returns (B, T, D)."""
         B, T, _ = x_BTD.shape
         q_BTHK = self.q(x_BTD).view(B, T, self.num_heads, self.head_dim)
-        out_BTHK = grouped_attention(q_BTHK, k_BGSK, v_BGSK, bias, self.dropout if self.training else 0.0)
+        out_BTHK = grouped_attention(q_BTHK, k_BGSK, v_BGSK, bias, mask, self.dropout if self.training else 0.0)
         return self.o(out_BTHK.reshape(B, T, self.num_heads * self.head_dim))  # type: ignore[no-any-return]
 
-    def forward(self, x_BTD: Tensor, source_BSD: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, source_BSD: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Attend from x (B, T, D) to source (B, S, D), x itself for self-attention; returns (B, T, D)."""
-        return self.attend(x_BTD, *self.keys_values(source_BSD), bias)
+        return self.attend(x_BTD, *self.keys_values(source_BSD), bias, mask)
 
 
 def cache_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None, compiled: bool) -> Tensor:

@@ -10,19 +10,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "vectors.h"
 
 namespace {
 
 constexpr long kKeys = 16;  // keys whose scores fill one vector
 constexpr long kFewQueries = 3;  // queries up to which turning the keys costs more than it saves
 constexpr long kAhead = 2048;  // bytes to prefetch ahead; 1 to 8 KiB measured the same, without it 10 % less
-constexpr long kLine = 64;     // bytes of a cache line
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
 
 template <typename T>
 struct Lanes;
@@ -34,9 +30,6 @@ struct Lanes<float> {
   static Chunk load(const float* p) { return _mm512_loadu_ps(p); }
   static __m512 dot(__m512 sum, Chunk a, Chunk b) { return _mm512_fmadd_ps(a, b, sum); }
   static Chunk of(__m512i words) { return _mm512_castsi512_ps(words); }
-  static __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
-  static float widen(float x) { return x; }
-  static void narrow(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
 };
 
 template <>
@@ -46,19 +39,6 @@ struct Lanes<BFloat16> {
   static Chunk load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static __m512 dot(__m512 sum, Chunk a, Chunk b) { return _mm512_dpbf16_ps(sum, a, b); }
   static Chunk of(__m512i words) { return (__m512bh)words; }
-  static __m512 widen(const BFloat16* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-  static float widen(BFloat16 x) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  static void narrow(BFloat16* p, __m512 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-  }
 };
 
 // The sum of each of 16 vectors, as one vector: a tree of additions of interleaved halves.
@@ -82,34 +62,6 @@ template <typename T>
 void prefetch(const T* from, long count) {
   const char* bytes = reinterpret_cast<const char*>(from) + kAhead;
   for (long i = 0; i < count * static_cast<long>(sizeof(T)); i += kLine) _mm_prefetch(bytes + i, _MM_HINT_T0);
-}
-
-// 16 rows of 16 words of 32 bits become columns.
-inline void turn(const __m512i rows[16], __m512i columns[16]) {
-  __m512i pairs[16], fours[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // lane n of fours[i + c]: column 4 n + c of rows i to i + 3
-    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
-    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
-    columns[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    columns[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    columns[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    columns[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
 }
 
 // Scores of 16 keys, turned, with as many queries as have room in registers.
@@ -175,7 +127,7 @@ void score_few(const T* queries, const T* keys, long R, long end, float* scores,
 template <typename T>
 void softmax(float* row, const T* bias, long end) {
   if (bias)
-    for (long s = 0; s < end; ++s) row[s] += Lanes<T>::widen(bias[s]);
+    for (long s = 0; s < end; ++s) row[s] += widen(bias[s]);
   float highest = row[0];
   for (long s = 1; s < end; ++s) highest = std::max(highest, row[s]);
   float total = 0;
@@ -194,14 +146,14 @@ void mix(const float* weights, long stride, const T* values, long end, T* out) {
   for (long s = 0; s < end; ++s) {
     prefetch(values + s * K, K);
     __m512 value[vectors];
-    for (int i = 0; i < vectors; ++i) value[i] = Lanes<T>::widen(values + s * K + 16 * i);
+    for (int i = 0; i < vectors; ++i) value[i] = widen(values + s * K + 16 * i);
     for (int r = 0; r < Queries; ++r) {
       const __m512 weight = _mm512_set1_ps(weights[r * stride + s]);
       for (int i = 0; i < vectors; ++i) sums[r][i] = _mm512_fmadd_ps(weight, value[i], sums[r][i]);
     }
   }
   for (int r = 0; r < Queries; ++r)
-    for (int i = 0; i < vectors; ++i) Lanes<T>::narrow(out + r * K + 16 * i, sums[r][i]);
+    for (int i = 0; i < vectors; ++i) narrow(out + r * K + 16 * i, sums[r][i]);
 }
 
 template <typename T, int K>

@@ -14,27 +14,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
+
+#include "vectors.h"
 
 namespace {
 
 constexpr long kOutputs = 32;  // outputs computed at a time
-constexpr long kLine = 64;     // bytes of a cache line
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
-inline void narrow(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
-inline __m512 widen(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline void narrow(BFloat16* p, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-}
 
 template <typename T>
 struct Call {
@@ -81,18 +66,6 @@ struct Call {
     }
   }
 };
-
-// Memory of the calling thread that grows and stays: asked for anew at each call, it would be zeroed by the kernel.
-template <typename T>
-T* scratch(std::size_t count) {
-  thread_local std::unique_ptr<T, decltype(&std::free)> memory(nullptr, &std::free);
-  thread_local std::size_t capacity = 0;
-  if (count > capacity) {
-    memory.reset(static_cast<T*>(std::aligned_alloc(kLine, (count * sizeof(T) + kLine - 1) / kLine * kLine)));
-    capacity = memory ? count : 0;
-  }
-  return memory.get();
-}
 
 // This thread's share of `count` equal pieces of work.
 struct Share {

@@ -1,27 +1,32 @@
-"""Builds and calls `decode_attention.cpp` and `decode_linear.cpp`: decode steps at the speed of the memory.
+"""Builds and calls the kernels of this folder, `*.cpp`, for what torch does slowly on a CPU.
 
-They are compiled once per host, in a few seconds, when first asked for. Where the CPU lacks the instructions (AVX-512
-with bfloat16) or there is no compiler, torch's operations serve.
+`decode_attention` and `decode_linear` are for decode steps, at the speed of the memory; `sequence_attention` is for whole
+sequences, in training and in the encoder. They are compiled once per host, in a few seconds, when first asked for. Where
+the CPU lacks the instructions (AVX-512 with bfloat16) or there is no compiler, torch's operations serve.
 """
 
 import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(f"decode_{name}.cpp") for name in ("attention", "linear"))
-COMPILE = ("-c", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+SOURCES = {"decode_attention": ("-ffast-math",), "decode_linear": ("-ffast-math",), "sequence_attention": ()}
+"""With -ffast-math, compilers take it that there is no NaN; in training one must show."""
+HEADERS = ("vectors",)
+COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
 NEEDED = {"avx512f", "avx512_bf16"}
@@ -32,7 +37,7 @@ OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 
 def serves_attention(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel is there for such a cache."""
-    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and library() is not None
+    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and _is_built()
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,10 +138,124 @@ def _linear(dtype: torch.dtype) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
+def serves_sequences(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether the kernel is there for such an attention (as of `sequence_attention`)."""
+    fits = (bias is None or len(bias) == 1) and (mask is None or mask.shape[1:3] == (1, 1))
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits and serves_attention(q.dtype, q.shape[-1])
+
+
+def sequence_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Attention in bfloat16 of H query heads over G key/value heads, (B, T, H, K), with gradients of all but the mask.
+
+    Args:
+        q_BTHK: queries.
+        k_BSGK: keys.
+        v_BSGK: values.
+        bias: added to the scores, (1, H|1, T|1, S), or None.
+        mask: the same, (B|1, 1, 1, S).
+    """
+    B, T, H, _ = q_BTHK.shape
+    S = k_BSGK.shape[1]
+    bias_HTS = None if bias is None else bias[0].float().expand(H, T, S)
+    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S)
+    tensors = (q_BTHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous())
+    out: Tensor = _sequence_forward(*tensors, bias_HTS, mask_BS)[0]
+    return out
+
+
+@torch.library.custom_op("gqa_exp::sequence_attention", mutates_args=())
+def _sequence_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of each query's sum of exponentials (B, H, T)."""
+    out, log_sums = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    _call_sequence("forward", (q, k, v, bias, mask, out, log_sums))
+    return out, log_sums
+
+
+@_sequence_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("gqa_exp::sequence_attention_backward", mutates_args=())
+def _sequence_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    d_out: Tensor,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias (H, T, S), the last empty if not asked for."""
+    B, T, H, _ = q.shape
+    S, G = k.shape[1:3]
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    # As many shares of the batch as give all threads the same number of KV heads of a share.
+    threads = torch.get_num_threads()
+    shares = min(B, threads // math.gcd(threads, G))
+    d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
+    _call_sequence("backward", (q, k, v, bias, mask, out, log_sums, d_out.contiguous(), *gradients, d_bias), shares)
+    return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)
+
+
+@_sequence_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    d_out: Tensor,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (q.shape[2], q.shape[1], k.shape[1]) if with_bias else (0,)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape, dtype=torch.float32)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    with_bias = ctx.needs_input_grad[3]
+    d_q, d_k, d_v, d_bias = _sequence_backward(*ctx.saved_tensors, d_out, with_bias)
+    return d_q, d_k, d_v, d_bias if with_bias else None, None
+
+
+_sequence_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
+
+
+def _call_sequence(direction: str, tensors: Sequence[Tensor | None], shares: int = 1) -> None:
+    """Call the kernel, whose order of tensors and sizes this is.
+
+    Raises:
+        MemoryError: no room to work in.
+    """
+    q, k, bias = tensors[0], tensors[1], tensors[3]
+    assert q is not None and k is not None
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    steps = (0, 0) if bias is None else bias.stride()[:2]
+    sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
+    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    if getattr(library(), f"{direction}_{K}")(pointers, sizes):
+        raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
+
+
 def use_tiles(wanted: bool) -> bool:
     """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first."""
     found = library()
     return found is not None and bool(found.use_tiles(wanted))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+def _is_built() -> bool:
+    return library() is not None
 
 
 @functools.cache
@@ -146,26 +265,34 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or not set(cpu.split()) >= NEEDED:
         return None
-    facts = [*(source.read_bytes() for source in SOURCES), *map(str.encode, (compiler, *COMPILE, *LINK, cpu))]
+    files = (*map(_source, SOURCES), *(_source(name, ".h") for name in HEADERS))
+    facts = [*(file.read_bytes() for file in files), repr((compiler, SOURCES, COMPILE, LINK, cpu)).encode()]
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"decode-{key}.so"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"kernels-{key}.so"
     try:
         if not path.exists():
             _build(compiler, path)
         built = ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("no compiled decode kernels (%s); torch's operations serve", error)
+        logger.warning("no compiled kernels (%s); torch's operations serve", error)
         return None
     built.use_tiles(True)
     return built
+
+
+def _source(name: str, suffix: str = ".cpp") -> Path:
+    return Path(__file__).with_name(name + suffix)
 
 
 def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed, so that no process meets half a file
         linked = Path(folder) / path.name
-        compiled = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
-        commands = [[compiler, *COMPILE, str(s), "-o", o] for s, o in zip(SOURCES, compiled, strict=True)]
+        compiled = [str(Path(folder) / f"{name}.o") for name in SOURCES]
+        commands = [
+            [compiler, *COMPILE, *flags, str(_source(name)), "-o", to]
+            for (name, flags), to in zip(SOURCES.items(), compiled, strict=True)
+        ]
         for command in (*commands, [compiler, *LINK, *compiled, "-o", str(linked)]):
             subprocess.run(command, check=True, capture_output=True, timeout=120)
         linked.replace(path)

@@ -209,10 +209,10 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(D, config.d_ff, config.feed_forward)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x_BSD: Tensor, bias: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D); `bias` broadcasts to (B, H, S, S)."""
+    def forward(self, x_BSD: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, S, D) to (B, S, D); `bias` broadcasts to (B, H, S, S), `mask` is (B, 1, 1, S)."""
         normed = self.self_attention_norm(x_BSD)
-        x_BSD = x_BSD + self.dropout(self.self_attention(normed, normed, bias))
+        x_BSD = x_BSD + self.dropout(self.self_attention(normed, normed, bias, mask))
         return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))  # type: ignore[no-any-return]
 
 
@@ -231,11 +231,11 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BTD: Tensor, bias: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D); `bias` broadcasts to (B, H, T, T), `cross_mask` to (B, H, T, S)."""
+        """(B, T, D) to (B, T, D); `bias` broadcasts to (B, H, T, T), `cross_mask` is (B, 1, 1, S)."""
         normed = self.self_attention_norm(x_BTD)
         x_BTD = x_BTD + self.dropout(self.self_attention(normed, normed, bias))
         normed = self.cross_attention_norm(x_BTD)
-        x_BTD = x_BTD + self.dropout(self.cross_attention(normed, encoded_BSD, cross_mask))
+        x_BTD = x_BTD + self.dropout(self.cross_attention(normed, encoded_BSD, mask=cross_mask))
         return x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))  # type: ignore[no-any-return]
 
 
@@ -256,11 +256,11 @@ class Encoder(nn.Module):
         """Embedded inputs (B, S, D) to encoded states (B, S, D); `mask` is additive, (B, 1, 1, S)."""
         S = x_BSD.shape[1]
         bias = self.relative_bias(S, S)
-        if mask is not None:
-            bias = bias + mask
+        if mask is not None and x_BSD.device.type != "cpu":  # where each layer would add them
+            bias, mask = bias + mask, None
         x_BSD = self.dropout(x_BSD)
         for layer in self.layers:
-            x_BSD = _run(layer, self.checkpointing and self.training, x_BSD, bias)
+            x_BSD = _run(layer, self.checkpointing and self.training, x_BSD, bias, mask)
         return self.dropout(self.final_norm(x_BSD))  # type: ignore[no-any-return]
 
 

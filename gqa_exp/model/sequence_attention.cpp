@@ -1,0 +1,374 @@
+// Attention of whole sequences, and its gradients, in bfloat16: for training and for the encoder.
+//
+// A unit of work is one key/value head of one sequence with the query heads that share it. Its queries are taken in
+// blocks, whose scores stay in the processor's caches; of them the forward pass keeps only the logarithm of each sum of
+// exponentials, from which the backward pass computes the weights again (Dao et al. 2022, FlashAttention, section 3).
+// Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
+//
+// A product multiplies words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time
+// with 16 of the right side that lie side by side. Rows of K elements are brought into one of these orders for it:
+//   gathered (rows, K / 2):     word (s, k) holds elements 2k and 2k + 1 of row s
+//   turned (K / 2, rows):       the same, transposed
+//   interleaved (rows / 2, K):  word (s, k) holds element k of rows 2s and 2s + 1
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace {
+
+using Word = std::uint32_t;
+
+constexpr long kQueries = 32;  // of a block at most; 16 to 64 measured the same
+constexpr long kRows = 8;      // of a product's left side at a time
+constexpr long kColumns = 32;  // of its right side at a time, two vectors
+constexpr long kSkew = 16;     // words more per line of keys, or all lines would share a set of the first cache
+
+constexpr long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// e^x for x <= 0, within 3e-6 of it; 0 where it is below the least normal number.
+inline __m512 exponential(__m512 x) {
+  const __m512 power = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-1e4f), x), _mm512_set1_ps(1.44269504f));  // of 2
+  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_sub_ps(power, whole);
+  __m512 sum = _mm512_set1_ps(1.33335581e-3f);  // Taylor's series of 2^r, |r| <= 1/2: ln(2)^n / n! for n = 5, ..., 0
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(9.61812911e-3f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(5.55041087e-2f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(2.40226507e-1f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(6.93147181e-1f));
+  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(sum, whole);
+}
+
+// The bits of 16 bfloat16, each in a word.
+inline __m512i words_of(__m256i bits) { return _mm512_cvtepu16_epi32(bits); }
+inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512i pairs_of(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+
+// ---- products
+
+struct Left {
+  const Word* words;
+  long row, step;  // words from one row to the next, and from one word of a row to the next
+};
+
+// C = A B, or C += A B, for 8 rows and 32 columns; lines of B are `line` words apart, rows of C `row` numbers.
+template <bool Add>
+inline void product_tile(Left a, const Word* b, long line, long steps, float* c, long row) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 8
+  for (long i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (long j = 0; j < 2; ++j) sums[i][j] = Add ? _mm512_load_ps(c + i * row + 16 * j) : _mm512_setzero_ps();
+  for (long p = 0; p < steps; ++p) {
+    const auto left = (__m512bh)_mm512_load_si512(b + p * line), right = (__m512bh)_mm512_load_si512(b + p * line + 16);
+#pragma GCC unroll 8
+    for (long i = 0; i < kRows; ++i) {
+      const auto word = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.words[i * a.row + p * a.step]));
+      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, word);
+      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], right, word);
+    }
+  }
+#pragma GCC unroll 8
+  for (long i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (long j = 0; j < 2; ++j) _mm512_store_ps(c + i * row + 16 * j, sums[i][j]);
+}
+
+// The same for any multiple of 8 rows and of 32 columns.
+template <bool Add>
+void product(Left a, const Word* b, long line, long steps, float* c, long row, long rows, long columns) {
+  for (long j = 0; j < columns; j += kColumns)
+    for (long i = 0; i < rows; i += kRows)
+      product_tile<Add>({a.words + i * a.row, a.row, a.step}, b + j, line, steps, c + i * row + j, row);
+}
+
+// ---- rows of K elements, brought into order
+
+template <int K>
+struct Rows {
+  const BFloat16* x;
+  long row, count;  // elements from one row to the next; rows, beyond which zeros are read
+
+  __m512i words(long s, long w) const {
+    return s < count ? _mm512_loadu_si512(x + s * row + 2 * w) : _mm512_setzero_si512();
+  }
+  __m512i elements(long s, long k) const {
+    return s < count ? words_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s * row + k)))
+                     : _mm512_setzero_si512();
+  }
+  void gathered(long rows, Word* out) const {
+    for (long s = 0; s < rows; ++s)
+      for (long w = 0; w < K / 2; w += 16) _mm512_store_si512(out + s * (K / 2) + w, words(s, w));
+  }
+  void turned(long rows, long line, Word* out) const {
+    for (long s = 0; s < rows; s += 16)
+      for (long w = 0; w < K / 2; w += 16) {
+        __m512i from[16], to[16];
+        for (long i = 0; i < 16; ++i) from[i] = words(s + i, w);
+        turn(from, to);
+        for (long i = 0; i < 16; ++i) _mm512_store_si512(out + (w + i) * line + s, to[i]);
+      }
+  }
+  void interleaved(long rows, Word* out) const {
+    for (long s = 0; s < rows; s += 2)
+      for (long k = 0; k < K; k += 16)
+        _mm512_store_si512(out + s / 2 * K + k, pairs_of(elements(s, k), elements(s + 1, k)));
+  }
+};
+
+// ---- attention
+
+// What a call is about. Q is (B, T, heads, K), K and V are (B, S, G, K), all contiguous.
+template <int K>
+struct Attention {
+  const BFloat16 *q, *k, *v;
+  const float *bias, *mask;         // added to the scores: (heads, T, S) and (B, S); or null
+  long B, T, S, G, R;               // R query heads to each of G key/value heads
+  long bias_head, bias_query;       // numbers from one head of the bias to the next, and from one query to the next
+  long heads = G * R;
+  long keys = up(S, kColumns);      // padded
+  long line = keys + kSkew;         // words of a line of keys; of pairs of keys, half
+  long half = keys / 2 + kSkew;
+
+  long at(long b, long h, long t) const { return ((b * T + t) * heads + h) * K; }
+  long key_at(long b, long g, long s) const { return ((b * S + s) * G + g) * K; }
+  Rows<K> query_rows(const BFloat16* x, long b, long h, long first, long count) const {
+    return {x + at(b, h, first), heads * K, count};
+  }
+  Rows<K> key_rows(const BFloat16* x, long b, long g) const { return {x + key_at(b, g, 0), G * K, S}; }
+  const float* bias_row(long h, long t) const { return bias ? bias + h * bias_head + t * bias_query : nullptr; }
+  const float* mask_row(long b) const { return mask ? mask + b * S : nullptr; }
+
+  __mmask16 there(long s) const {  // which of 16 keys there are
+    return s + 16 <= S ? 0xffff : static_cast<__mmask16>((1u << std::max(0L, S - s)) - 1);
+  }
+  __m512 score(const float* products, const float* bias, const float* mask, long s) const {
+    const __mmask16 real = there(s);
+    __m512 sum = _mm512_load_ps(products + s);
+    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(real, bias + s));
+    if (mask) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(real, mask + s));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), real, sum);
+  }
+};
+
+// The calling thread's memory for a unit of work, handed out piece by piece.
+class Memory {
+ public:
+  explicit Memory(long words) : next_(scratch<Word>(words)) {}
+  explicit operator bool() const { return next_ != nullptr; }
+  Word* words(long count) {
+    Word* piece = next_;
+    next_ += up(count, kLine / sizeof(Word));
+    return piece;
+  }
+  float* floats(long count) { return reinterpret_cast<float*>(words(count)); }
+
+ private:
+  Word* next_;
+};
+
+// Writes the weighted values of each query, (B, T, heads, K), and the logarithm of its sum of exponentials, (B, heads,
+// T). Returns whether there was memory for it.
+template <int K>
+bool forward(const Attention<K> a, BFloat16* out, float* log_sums) {
+  bool enough = true;
+#pragma omp parallel
+  {
+    Memory memory(a.line * K / 2 + a.keys * K / 2 + kQueries * (K / 2 + a.line + a.half + K));
+    if (!memory)
+#pragma omp atomic write
+      enough = false;
+#pragma omp barrier
+    if (enough) {
+      Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.keys * K / 2);
+      Word *queries = memory.words(kQueries * K / 2), *weights = memory.words(kQueries * a.half);
+      float *products = memory.floats(kQueries * a.line), *sums = memory.floats(kQueries * K);
+#pragma omp for schedule(static)
+      for (long unit = 0; unit < a.B * a.G; ++unit) {
+        const long b = unit / a.G, g = unit % a.G;
+        a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
+        a.key_rows(a.v, b, g).interleaved(a.keys, values);
+        for (long h = g * a.R; h < (g + 1) * a.R; ++h)
+          for (long first = 0; first < a.T; first += kQueries) {
+            const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+            a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
+            product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
+            float scales[kQueries];
+            for (long t = 0; t < count; ++t) {
+              float* row = products + t * a.line;
+              __m512 highest = _mm512_set1_ps(-FLT_MAX);
+              for (long s = 0; s < a.keys; s += 16) {
+                const __m512 score = a.score(row, a.bias_row(h, first + t), a.mask_row(b), s);
+                _mm512_store_ps(row + s, score);
+                highest = _mm512_max_ps(highest, score);
+              }
+              const float top = _mm512_reduce_max_ps(highest);
+              __m512 total = _mm512_setzero_ps();
+              for (long s = 0; s < a.keys; s += 32) {
+                const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), _mm512_set1_ps(top)));
+                const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), _mm512_set1_ps(top)));
+                total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+                _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+              }
+              const float sum = _mm512_reduce_add_ps(total);
+              scales[t] = 1 / sum;
+              log_sums[(b * a.heads + h) * a.T + first + t] = top + std::log(sum);
+            }
+            product<false>({weights, a.half, 1}, values, K, a.keys / 2, sums, K, rows, K);
+            for (long t = 0; t < count; ++t)
+              for (long k = 0; k < K; k += 16)
+                narrow(out + a.at(b, h, first + t) + k,
+                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(scales[t])));
+          }
+      }
+    }
+  }
+  return enough;
+}
+
+template <int K>
+struct Gradients {
+  const BFloat16* out;   // of the forward pass
+  const float* log_sums;
+  const BFloat16* d_out;
+  BFloat16 *d_q, *d_k, *d_v;
+  float* d_bias;  // (shares, heads, T, S), added to: the batch is divided into shares, whose sum is the gradient; or null
+  long shares;
+
+  // The gradient of a query's weights, averaged by the weights: with the softmax's gradient, the scores' gradient is
+  // weight * (weight's gradient - this).
+  float mean(const Attention<K>& a, long at) const {
+    __m512 sum = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += 16) sum = _mm512_fmadd_ps(widen(out + at + k), widen(d_out + at + k), sum);
+    return _mm512_reduce_add_ps(sum);
+  }
+};
+
+// Writes the gradients. Returns whether there was memory for it.
+template <int K>
+bool backward(const Attention<K> a, const Gradients<K> d) {
+  bool enough = true;
+  const long share = (a.B + d.shares - 1) / d.shares;
+#pragma omp parallel
+  {
+    Memory memory(a.line * K + a.keys * (K / 2 + 2 * K) + kQueries * (2 * K + K + 3 * a.line + a.half));
+    if (!memory)
+#pragma omp atomic write
+      enough = false;
+#pragma omp barrier
+    if (enough) {
+      Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.line * K / 2);
+      Word* key_pairs = memory.words(a.keys * K / 2);
+      Word *queries = memory.words(kQueries * K / 2), *query_pairs = memory.words(kQueries * K / 2);
+      Word *d_outs = memory.words(kQueries * K / 2), *d_out_pairs = memory.words(kQueries * K / 2);
+      Word *d_scores = memory.words(kQueries * a.half), *d_score_pairs = memory.words(kQueries / 2 * a.line);
+      Word* weight_pairs = memory.words(kQueries / 2 * a.line);
+      float *products = memory.floats(kQueries * a.line), *d_weights = memory.floats(kQueries * a.line);
+      float *q_sums = memory.floats(kQueries * K), *k_sums = memory.floats(a.keys * K);
+      float* v_sums = memory.floats(a.keys * K);
+#pragma omp for collapse(2) schedule(static)
+      for (long g = 0; g < a.G; ++g)
+        for (long part = 0; part < d.shares; ++part)
+          for (long b = part * share; b < std::min(a.B, (part + 1) * share); ++b) {
+            a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
+            a.key_rows(a.k, b, g).interleaved(a.keys, key_pairs);
+            a.key_rows(a.v, b, g).turned(a.keys, a.line, values);
+            std::fill(k_sums, k_sums + a.keys * K, 0.0f);
+            std::fill(v_sums, v_sums + a.keys * K, 0.0f);
+            for (long h = g * a.R; h < (g + 1) * a.R; ++h)
+              for (long first = 0; first < a.T; first += kQueries) {
+                const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+                const Rows<K> q = a.query_rows(a.q, b, h, first, count);
+                const Rows<K> d_out = a.query_rows(d.d_out, b, h, first, count);
+                q.gathered(rows, queries);
+                q.interleaved(rows, query_pairs);
+                d_out.gathered(rows, d_outs);
+                d_out.interleaved(rows, d_out_pairs);
+                product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
+                product<false>({d_outs, K / 2, 1}, values, a.line, K / 2, d_weights, a.line, rows, a.keys);
+                for (long t = 0; t < rows; t += 2) {
+                  const float* bias[2];
+                  float* d_bias[2];
+                  __m512 log_sum[2], mean[2];
+                  for (long i = 0; i < 2; ++i) {
+                    const bool real = t + i < count;  // other rows fill the last block up and have no weights
+                    const long query = first + std::min(t + i, count - 1), row = (b * a.heads + h) * a.T + query;
+                    bias[i] = a.bias_row(h, query);
+                    d_bias[i] =
+                        d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
+                    log_sum[i] = _mm512_set1_ps(real ? d.log_sums[row] : FLT_MAX);
+                    mean[i] = _mm512_set1_ps(d.mean(a, a.at(b, h, query)));
+                  }
+                  for (long s = 0; s < a.keys; s += 16) {
+                    __m512i weight_words[2], gradient_words[2];
+#pragma GCC unroll 2
+                    for (long i = 0; i < 2; ++i) {
+                      const long at = (t + i) * a.line;
+                      const __m512 score = a.score(products + at, bias[i], a.mask_row(b), s);
+                      const __m512 weight = exponential(_mm512_sub_ps(score, log_sum[i]));
+                      const __m512 gradient =
+                          _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(d_weights + at + s), mean[i]));
+                      if (d_bias[i]) {
+                        float* to = d_bias[i] + s;
+                        const __mmask16 real = a.there(s);
+                        _mm512_mask_storeu_ps(to, real, _mm512_add_ps(_mm512_maskz_loadu_ps(real, to), gradient));
+                      }
+                      const __m256i bits = rounded(gradient);
+                      _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + (t + i) * a.half + s / 2), bits);
+                      gradient_words[i] = words_of(bits);
+                      weight_words[i] = words_of(rounded(weight));
+                    }
+                    const long at = t / 2 * a.line + s;
+                    _mm512_store_si512(weight_pairs + at, pairs_of(weight_words[0], weight_words[1]));
+                    _mm512_store_si512(d_score_pairs + at, pairs_of(gradient_words[0], gradient_words[1]));
+                  }
+                }
+                product<false>({d_scores, a.half, 1}, key_pairs, K, a.keys / 2, q_sums, K, rows, K);
+                product<true>({d_score_pairs, 1, a.line}, query_pairs, K, rows / 2, k_sums, K, a.keys, K);
+                product<true>({weight_pairs, 1, a.line}, d_out_pairs, K, rows / 2, v_sums, K, a.keys, K);
+                for (long t = 0; t < count; ++t)
+                  for (long k = 0; k < K; k += 16)
+                    narrow(d.d_q + a.at(b, h, first + t) + k, _mm512_load_ps(q_sums + t * K + k));
+              }
+            for (long s = 0; s < a.S; ++s)
+              for (long k = 0; k < K; k += 16) {
+                narrow(d.d_k + a.key_at(b, g, s) + k, _mm512_load_ps(k_sums + s * K + k));
+                narrow(d.d_v + a.key_at(b, g, s) + k, _mm512_load_ps(v_sums + s * K + k));
+              }
+          }
+    }
+  }
+  return enough;
+}
+
+template <int K>
+Attention<K> attention_of(const void* const* t, const long* n) {
+  const auto bfloat16 = [t](int i) { return static_cast<const BFloat16*>(t[i]); };
+  const auto float32 = [t](int i) { return static_cast<const float*>(t[i]); };
+  return {bfloat16(0), bfloat16(1), bfloat16(2), float32(3), float32(4), n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+}
+
+}  // namespace
+
+// Tensors: q, k, v, bias, mask, out, log_sums; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R, the
+// bias's steps between heads and queries; backward also the shares.
+#define EXPORT(K)                                                                                                  \
+  extern "C" int forward_##K(void* const* t, const long* n) {                                                      \
+    return !forward<K>(attention_of<K>(t, n), static_cast<BFloat16*>(t[5]), static_cast<float*>(t[6]));            \
+  }                                                                                                                \
+  extern "C" int backward_##K(void* const* t, const long* n) {                                                     \
+    const auto bfloat16 = [t](int i) { return static_cast<BFloat16*>(t[i]); };                                     \
+    const auto float32 = [t](int i) { return static_cast<float*>(t[i]); };                                         \
+    return !backward<K>(attention_of<K>(t, n), {bfloat16(5), float32(6), bfloat16(7), bfloat16(8), bfloat16(9),    \
+                                                bfloat16(10), float32(11), n[7]});                                 \
+  }
+EXPORT(32)
+EXPORT(64)
+EXPORT(128)

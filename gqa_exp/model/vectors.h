@@ -1,0 +1,77 @@
+// What the kernels of this folder share: bfloat16 read and written as vectors of 16 float32, and memory to work in.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+constexpr long kLine = 64;  // bytes of a cache line
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 widen(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline void narrow(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+inline void narrow(BFloat16* p, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// 16 rows of 16 words of 32 bits become columns.
+inline void turn(const __m512i rows[16], __m512i columns[16]) {
+  __m512i pairs[16], fours[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // lane n of fours[i + c]: column 4 n + c of rows i to i + 3
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+    columns[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    columns[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    columns[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    columns[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
+// Memory of the calling thread that grows and stays: asked for anew at each call, it would be zeroed by the kernel.
+template <typename T>
+T* scratch(std::size_t count) {
+  thread_local std::unique_ptr<T, decltype(&std::free)> memory(nullptr, &std::free);
+  thread_local std::size_t capacity = 0;
+  if (count > capacity) {
+    memory.reset(static_cast<T*>(std::aligned_alloc(kLine, (count * sizeof(T) + kLine - 1) / kLine * kLine)));
+    capacity = memory ? count : 0;
+  }
+  return memory.get();
+}
+
+}  // namespace
