@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gqa_exp.model import native
+from gqa_exp.model import native, sequence
 
 
 def grouped_attention(
@@ -36,19 +36,17 @@ def grouped_attention(
         k_BGSK: keys, G dividing H.
         v_BGSK: values.
         bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both.
-        mask: added too, (B, 1, 1, S), without gradient: apart from a bias that all samples share, since only the
-            kernel of `native.py` can do without their sum.
+        mask: added too, (B, 1, 1, S), without gradient: apart from a bias that all samples share, since the
+            kernel of `sequence.py` does without their sum.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, T, H, K), the weighted values of each query head.
     """
-    if not dropout and native.serves_sequences(q_BTHK, bias, mask):
-        return native.sequence_attention(q_BTHK, k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2), bias, mask)
-    if bias is None or mask is None:
-        bias = mask if bias is None else bias
-    else:
-        bias = bias + mask
+    if not dropout and sequence.serves_attention(q_BTHK, bias, mask):
+        return sequence.attention(q_BTHK, k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2), bias, mask)
+    if mask is not None:
+        bias = mask if bias is None else bias + mask
     B, T, H, K = q_BTHK.shape
     G, S = k_BGSK.shape[1:3]
     R = H // G

@@ -1,30 +1,32 @@
-"""Builds and calls the kernels of this folder, `*.cpp`, for what torch does slowly on a CPU.
+"""Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
-`decode_attention` and `decode_linear` are for decode steps, at the speed of the memory; `sequence_attention` is for whole
-sequences, in training and in the encoder. They are compiled once per host, in a few seconds, when first asked for. Where
-the CPU lacks the instructions (AVX-512 with bfloat16) or there is no compiler, torch's operations serve.
+They are compiled once per host, in a few seconds, when first asked for. Where the CPU lacks the instructions (AVX-512
+with bfloat16) or there is no compiler, torch's operations serve. `sequence.py` calls those for whole sequences.
 """
 
 import ctypes
 import functools
 import hashlib
 import logging
-import math
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = {"decode_attention": ("-ffast-math",), "decode_linear": ("-ffast-math",), "sequence_attention": ()}
-"""With -ffast-math, compilers take it that there is no NaN; in training one must show."""
+SOURCES = {
+    "decode_attention": ("-ffast-math",),
+    "decode_linear": ("-ffast-math",),
+    "sequence_attention": (),
+    "sequence_gelu": (),
+}
+"""The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
 HEADERS = ("vectors",)
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
@@ -37,7 +39,7 @@ OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 
 def serves_attention(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel is there for such a cache."""
-    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and _is_built()
+    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and is_built()
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,123 +140,15 @@ def _linear(dtype: torch.dtype) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-def serves_sequences(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether the kernel is there for such an attention (as of `sequence_attention`)."""
-    fits = (bias is None or len(bias) == 1) and (mask is None or mask.shape[1:3] == (1, 1))
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and fits and serves_attention(q.dtype, q.shape[-1])
-
-
-def sequence_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Attention in bfloat16 of H query heads over G key/value heads, (B, T, H, K), with gradients of all but the mask.
-
-    Args:
-        q_BTHK: queries.
-        k_BSGK: keys.
-        v_BSGK: values.
-        bias: added to the scores, (1, H|1, T|1, S), or None.
-        mask: the same, (B|1, 1, 1, S).
-    """
-    B, T, H, _ = q_BTHK.shape
-    S = k_BSGK.shape[1]
-    bias_HTS = None if bias is None else bias[0].float().expand(H, T, S)
-    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S)
-    tensors = (q_BTHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous())
-    out: Tensor = _sequence_forward(*tensors, bias_HTS, mask_BS)[0]
-    return out
-
-
-@torch.library.custom_op("gqa_exp::sequence_attention", mutates_args=())
-def _sequence_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of each query's sum of exponentials (B, H, T)."""
-    out, log_sums = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    _call_sequence("forward", (q, k, v, bias, mask, out, log_sums))
-    return out, log_sums
-
-
-@_sequence_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("gqa_exp::sequence_attention_backward", mutates_args=())
-def _sequence_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    log_sums: Tensor,
-    d_out: Tensor,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias (H, T, S), the last empty if not asked for."""
-    B, T, H, _ = q.shape
-    S, G = k.shape[1:3]
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    # As many shares of the batch as give all threads the same number of KV heads of a share.
-    threads = torch.get_num_threads()
-    shares = min(B, threads // math.gcd(threads, G))
-    d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
-    _call_sequence("backward", (q, k, v, bias, mask, out, log_sums, d_out.contiguous(), *gradients, d_bias), shares)
-    return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)
-
-
-@_sequence_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    log_sums: Tensor,
-    d_out: Tensor,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (q.shape[2], q.shape[1], k.shape[1]) if with_bias else (0,)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape, dtype=torch.float32)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    with_bias = ctx.needs_input_grad[3]
-    d_q, d_k, d_v, d_bias = _sequence_backward(*ctx.saved_tensors, d_out, with_bias)
-    return d_q, d_k, d_v, d_bias if with_bias else None, None
-
-
-_sequence_forward.register_autograd(_gradients, setup_context=_keep_for_backward)
-
-
-def _call_sequence(direction: str, tensors: Sequence[Tensor | None], shares: int = 1) -> None:
-    """Call the kernel, whose order of tensors and sizes this is.
-
-    Raises:
-        MemoryError: no room to work in.
-    """
-    q, k, bias = tensors[0], tensors[1], tensors[3]
-    assert q is not None and k is not None
-    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    steps = (0, 0) if bias is None else bias.stride()[:2]
-    sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    if getattr(library(), f"{direction}_{K}")(pointers, sizes):
-        raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
-
-
 def use_tiles(wanted: bool) -> bool:
     """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first."""
     found = library()
     return found is not None and bool(found.use_tiles(wanted))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
-def _is_built() -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_built() -> bool:
+    """Whether there are kernels on this host; torch.compile takes the answer for good."""
     return library() is not None
 
 

@@ -1,8 +1,8 @@
 // Attention of whole sequences, and its gradients, in bfloat16: for training and for the encoder.
 //
 // A unit of work is one key/value head of one sequence with the query heads that share it. Its queries are taken in
-// blocks, whose scores stay in the processor's caches; of them the forward pass keeps only the logarithm of each sum of
-// exponentials, from which the backward pass computes the weights again (Dao et al. 2022, FlashAttention, section 3).
+// blocks, whose scores stay in the processor's caches; of them the forward pass keeps only two numbers per query, from
+// which the backward pass computes the weights again (Dao et al. 2022, FlashAttention, section 3.1).
 // Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
 //
 // A product multiplies words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time
@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cmath>
 #include <cstdint>
 
 #include "vectors.h"
@@ -31,20 +30,6 @@ constexpr long kColumns = 32;  // of its right side at a time, two vectors
 constexpr long kSkew = 16;     // words more per line of keys, or all lines would share a set of the first cache
 
 constexpr long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// e^x for x <= 0, within 3e-6 of it; 0 where it is below the least normal number.
-inline __m512 exponential(__m512 x) {
-  const __m512 power = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-1e4f), x), _mm512_set1_ps(1.44269504f));  // of 2
-  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 r = _mm512_sub_ps(power, whole);
-  __m512 sum = _mm512_set1_ps(1.33335581e-3f);  // Taylor's series of 2^r, |r| <= 1/2: ln(2)^n / n! for n = 5, ..., 0
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(9.61812911e-3f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(5.55041087e-2f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(2.40226507e-1f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(6.93147181e-1f));
-  sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(sum, whole);
-}
 
 // The bits of 16 bfloat16, each in a word.
 inline __m512i words_of(__m256i bits) { return _mm512_cvtepu16_epi32(bits); }
@@ -138,6 +123,7 @@ struct Attention {
   long half = keys / 2 + kSkew;
 
   long at(long b, long h, long t) const { return ((b * T + t) * heads + h) * K; }
+  long row(long b, long h, long t) const { return (b * heads + h) * T + t; }
   long key_at(long b, long g, long s) const { return ((b * S + s) * G + g) * K; }
   Rows<K> query_rows(const BFloat16* x, long b, long h, long first, long count) const {
     return {x + at(b, h, first), heads * K, count};
@@ -150,11 +136,14 @@ struct Attention {
     return s + 16 <= S ? 0xffff : static_cast<__mmask16>((1u << std::max(0L, S - s)) - 1);
   }
   __m512 score(const float* products, const float* bias, const float* mask, long s) const {
-    const __mmask16 real = there(s);
     __m512 sum = _mm512_load_ps(products + s);
-    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(real, bias + s));
-    if (mask) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(real, mask + s));
-    return _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), real, sum);
+    if (s + 16 <= S) {
+      if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + s));
+      return mask ? _mm512_add_ps(sum, _mm512_loadu_ps(mask + s)) : sum;
+    }
+    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), bias + s));
+    if (mask) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), mask + s));
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), there(s), sum);
   }
 };
 
@@ -174,10 +163,10 @@ class Memory {
   Word* next_;
 };
 
-// Writes the weighted values of each query, (B, T, heads, K), and the logarithm of its sum of exponentials, (B, heads,
-// T). Returns whether there was memory for it.
+// Writes the weighted values of each query, (B, T, heads, K), and what its softmax took, (B, heads, T, 2): the highest
+// score, and 1 / the sum of the exponentials of what others lie below it. Returns whether there was memory for it.
 template <int K>
-bool forward(const Attention<K> a, BFloat16* out, float* log_sums) {
+bool forward(const Attention<K> a, BFloat16* out, float* softmax) {
   bool enough = true;
 #pragma omp parallel
   {
@@ -200,7 +189,7 @@ bool forward(const Attention<K> a, BFloat16* out, float* log_sums) {
             const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
             a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
             product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
-            float scales[kQueries];
+            float tops[kQueries], shares[kQueries];
             for (long t = 0; t < count; ++t) {
               float* row = products + t * a.line;
               __m512 highest = _mm512_set1_ps(-FLT_MAX);
@@ -209,23 +198,28 @@ bool forward(const Attention<K> a, BFloat16* out, float* log_sums) {
                 _mm512_store_ps(row + s, score);
                 highest = _mm512_max_ps(highest, score);
               }
-              const float top = _mm512_reduce_max_ps(highest);
+              tops[t] = _mm512_reduce_max_ps(highest);
+            }
+            for (long t = 0; t < count; ++t) {  // apart, so that no row waits for its highest score
+              const float* row = products + t * a.line;
+              const __m512 top = _mm512_set1_ps(tops[t]);
               __m512 total = _mm512_setzero_ps();
               for (long s = 0; s < a.keys; s += 32) {
-                const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), _mm512_set1_ps(top)));
-                const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), _mm512_set1_ps(top)));
+                const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), top));
+                const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), top));
                 total = _mm512_add_ps(total, _mm512_add_ps(low, high));
                 _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
               }
-              const float sum = _mm512_reduce_add_ps(total);
-              scales[t] = 1 / sum;
-              log_sums[(b * a.heads + h) * a.T + first + t] = top + std::log(sum);
+              shares[t] = 1 / _mm512_reduce_add_ps(total);
+              float* kept = softmax + 2 * a.row(b, h, first + t);
+              kept[0] = tops[t];
+              kept[1] = shares[t];
             }
             product<false>({weights, a.half, 1}, values, K, a.keys / 2, sums, K, rows, K);
             for (long t = 0; t < count; ++t)
               for (long k = 0; k < K; k += 16)
                 narrow(out + a.at(b, h, first + t) + k,
-                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(scales[t])));
+                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(shares[t])));
           }
       }
     }
@@ -236,7 +230,7 @@ bool forward(const Attention<K> a, BFloat16* out, float* log_sums) {
 template <int K>
 struct Gradients {
   const BFloat16* out;   // of the forward pass
-  const float* log_sums;
+  const float* softmax;
   const BFloat16* d_out;
   BFloat16 *d_q, *d_k, *d_v;
   float* d_bias;  // (shares, heads, T, S), added to: the batch is divided into shares, whose sum is the gradient; or null
@@ -296,14 +290,16 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
                 for (long t = 0; t < rows; t += 2) {
                   const float* bias[2];
                   float* d_bias[2];
-                  __m512 log_sum[2], mean[2];
+                  __m512 top[2], inverse[2], mean[2];
                   for (long i = 0; i < 2; ++i) {
                     const bool real = t + i < count;  // other rows fill the last block up and have no weights
-                    const long query = first + std::min(t + i, count - 1), row = (b * a.heads + h) * a.T + query;
+                    const long query = first + std::min(t + i, count - 1);
+                    const float* softmax = d.softmax + 2 * a.row(b, h, query);
                     bias[i] = a.bias_row(h, query);
                     d_bias[i] =
                         d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
-                    log_sum[i] = _mm512_set1_ps(real ? d.log_sums[row] : FLT_MAX);
+                    top[i] = _mm512_set1_ps(softmax[0]);
+                    inverse[i] = _mm512_set1_ps(real ? softmax[1] : 0);
                     mean[i] = _mm512_set1_ps(d.mean(a, a.at(b, h, query)));
                   }
                   for (long s = 0; s < a.keys; s += 16) {
@@ -312,7 +308,7 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
                     for (long i = 0; i < 2; ++i) {
                       const long at = (t + i) * a.line;
                       const __m512 score = a.score(products + at, bias[i], a.mask_row(b), s);
-                      const __m512 weight = exponential(_mm512_sub_ps(score, log_sum[i]));
+                      const __m512 weight = _mm512_mul_ps(inverse[i], exponential(_mm512_sub_ps(score, top[i])));
                       const __m512 gradient =
                           _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(d_weights + at + s), mean[i]));
                       if (d_bias[i]) {
@@ -357,7 +353,7 @@ Attention<K> attention_of(const void* const* t, const long* n) {
 
 }  // namespace
 
-// Tensors: q, k, v, bias, mask, out, log_sums; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R, the
+// Tensors: q, k, v, bias, mask, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R, the
 // bias's steps between heads and queries; backward also the shares.
 #define EXPORT(K)                                                                                                  \
   extern "C" int forward_##K(void* const* t, const long* n) {                                                      \

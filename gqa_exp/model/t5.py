@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
+from gqa_exp.model import sequence
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
 
 RECOMPILE_LIMIT = 128
@@ -193,6 +194,8 @@ class FeedForward(nn.Module):
 
 def activate(kind: str, x: Tensor, gated: Tensor | None = None) -> Tensor:
     """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind."""
+    if gated is not None and ACTIVATIONS[kind] is gelu and sequence.serves_gated_gelu(x):
+        return sequence.gated_gelu(x, gated)
     x = ACTIVATIONS[kind](x)
     return x if gated is None else x * gated
 
