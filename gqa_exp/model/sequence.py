@@ -44,7 +44,9 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | Non
     B, T, H, _ = q_BTHK.shape
     S = k_BSGK.shape[1]
     bias_HTS = None if bias is None else bias[0].float().expand(H, T, S)
-    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S)
+    if bias_HTS is not None and bias_HTS.stride(2) != 1:
+        bias_HTS = bias_HTS.contiguous()
+    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S).contiguous()
     tensors = (q_BTHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous())
     out: Tensor = _attention(*tensors, bias_HTS, mask_BS)[0]
     return out
@@ -81,7 +83,7 @@ def _attention_backward(
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # As many shares of the batch as give all threads the same number of KV heads of a share.
     threads = torch.get_num_threads()
-    shares = min(B, threads // math.gcd(threads, G))
+    shares = max(1, min(B, threads // math.gcd(threads, G)))
     d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
     _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out.contiguous(), *gradients, d_bias), shares)
     return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)

@@ -15,8 +15,8 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
+#include <limits>
 
 #include "vectors.h"
 
@@ -143,7 +143,7 @@ struct Attention {
     }
     if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), bias + s));
     if (mask) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), mask + s));
-    return _mm512_mask_mov_ps(_mm512_set1_ps(-FLT_MAX), there(s), sum);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), there(s), sum);
   }
 };
 
@@ -192,7 +192,7 @@ bool forward(const Attention<K> a, BFloat16* out, float* softmax) {
             float tops[kQueries], shares[kQueries];
             for (long t = 0; t < count; ++t) {
               float* row = products + t * a.line;
-              __m512 highest = _mm512_set1_ps(-FLT_MAX);
+              __m512 highest = _mm512_set1_ps(std::numeric_limits<float>::lowest());
               for (long s = 0; s < a.keys; s += 16) {
                 const __m512 score = a.score(row, a.bias_row(h, first + t), a.mask_row(b), s);
                 _mm512_store_ps(row + s, score);

@@ -1,8 +1,8 @@
 """What training needs of a device's memory, said before it starts: a run that cannot fit should not take hours to fail.
 
 Weights are float32, and so are gradients and Adafactor's moments; activations are those that the backward pass needs,
-counted from the operations of `gqa_exp.model` run one by one; torch.compile keeps less. Not counted: the allocator's
-slack, workspaces, and what the process holds beside.
+counted from torch's operations run one by one; torch.compile keeps less, and on a CPU so do the kernels of
+`gqa_exp.model.sequence`. Not counted: the allocator's slack, workspaces, and what the process holds beside.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,204 @@
+"""The kernels for whole sequences against formulas in float64, on the same bfloat16 inputs."""
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gqa_exp.model import T5, T5Config, native, sequence
+from gqa_exp.model.attention import grouped_attention
+from gqa_exp.model.t5 import activate, additive_mask
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
+ROUNDING = 8e-3
+"""Relative error, in the norm, of a chain of bfloat16 roundings, each at most 2^-9; the kernels' is 2e-3 to 4e-3."""
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def by_formula(q_BTHK, k_BSGK, v_BSGK, bias, mask):
+    group = q_BTHK.shape[2] // k_BSGK.shape[2]
+    scores = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSGK.repeat_interleave(group, 2))
+    for added in (bias, mask):
+        scores = scores if added is None else scores + added
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v_BSGK.repeat_interleave(group, 2))
+
+
+def with_gradients(attention, tensors, mask, d_out):
+    """The output and the gradients of q, k, v and, if there, the bias."""
+    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = attention(*leaves, mask)
+    out.backward(d_out)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def in_float64(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def assert_near(found, expected):
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours.double() - exact).norm() <= ROUNDING * exact.norm() + 1e-6
+
+
+@st.composite
+def cases(draw):
+    B, T, G, R = (draw(st.integers(1, high)) for high in (3, 80, 3, 3))
+    # Of a few keys, gradients are differences that nearly cancel.
+    return B, T, draw(st.integers(8, 80)), G, R, draw(st.sampled_from(native.HEAD_DIMS))
+
+
+@given(
+    cases(),
+    st.sampled_from(["none", "full", "of keys"]),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(0, 999),
+)
+@example((3, 33, 31, 1, 3, 32), "full", True, 4, 0)  # threads that share the batch of a bias's gradient
+@example((2, 32, 64, 2, 1, 64), "full", False, 1, 0)  # nothing padded
+@settings(max_examples=60, deadline=None)
+def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, threads, seed):
+    B, T, S, G, R, K = case
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    H = G * R
+    q, d_out = (torch.randn(B, T, H, K).bfloat16() for _ in range(2))
+    k, v = (torch.randn(B, S, G, K).bfloat16() for _ in range(2))
+    q = q / K**0.5
+    bias = {"none": None, "full": torch.randn(1, H, T, S), "of keys": torch.randn(1, 1, 1, S)}[bias_kind]
+    lengths = torch.randint(S // 2, S + 1, (B, 1))
+    mask = additive_mask((torch.arange(S) < lengths).long(), torch.float32) if padded else None
+    tensors = (q, k, v, bias)
+    found = with_gradients(sequence.attention, tensors, mask, d_out)
+    expected = with_gradients(by_formula, in_float64(*tensors), *in_float64(mask, d_out))
+    assert_near(found, expected)
+    if padded:  # keys that are not attended to
+        for gradient in found[2:4]:
+            assert (gradient[torch.arange(S) >= lengths] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 1, 1), (1, 1, 9, 1), (1, 4, 9, 1), (1, 1, 9, 20), (1, 4, 1, 20), "transposed"]
+)
+def test_a_bias_of_fewer_numbers(shape):
+    q, k, v = torch.randn(2, 9, 4, 32).bfloat16() / 6, *torch.randn(2, 2, 20, 2, 32).bfloat16()
+    bias = torch.randn(1, 4, 20, 9).transpose(2, 3) if shape == "transposed" else torch.randn(shape)
+    assert_near([sequence.attention(q, k, v, bias, None)], [by_formula(*in_float64(q, k, v, bias), None)])
+
+
+def test_a_query_that_may_attend_to_nothing_attends_to_all_alike():
+    q, k, v = (
+        torch.randn(1, 3, 1, 32).bfloat16(),
+        torch.randn(1, 5, 1, 32).bfloat16(),
+        torch.randn(1, 5, 1, 32).bfloat16(),
+    )
+    mask = additive_mask(torch.zeros(1, 5, dtype=torch.long), torch.float32)
+    expected = v.double().mean(1, keepdim=True).expand(1, 3, 1, 32)
+    assert_near([sequence.attention(q, k, v, None, mask)], [expected])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_shows(value):
+    """Training looks for it in the loss."""
+    q, k, v = (torch.randn(2, 40, 2, 32).bfloat16().requires_grad_() for _ in range(3))
+    with torch.no_grad():
+        q[1, 7, 0, 3] = value
+    out = sequence.attention(q, k, v, None, None)
+    out.float().sum().backward()
+    assert out[1, 7, 0].isnan().all()
+    assert not out[0].isnan().any()
+    assert k.grad[1, :, 0].isnan().all()
+    x = torch.tensor([[value] * 16, [1.0] * 16], dtype=torch.bfloat16)
+    assert not sequence.gated_gelu(x, torch.ones_like(x))[0].isfinite().any()
+
+
+def test_no_memory_is_said_and_not_fatal():
+    tensors = [torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)] * 3
+    pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors))
+    assert native.library().forward_32(pointers, (ctypes.c_long * 8)(1, 1, 1 << 50, 1, 1, 0, 0, 1)) == 1
+    assert_near([sequence.attention(*tensors, None, None)], [torch.zeros(1, 1, 1, 32)])
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.floats(0.01, 30), st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_gated_gelu_and_its_gradients_are_the_formula(rows, vectors, scale, seed):
+    torch.manual_seed(seed)
+    x, y, d_out = (torch.randn(rows, 16 * vectors).bfloat16() for _ in range(3))
+    x = x * scale
+    found = [leaf.requires_grad_() for leaf in (x.clone(), y.clone())]
+    out = sequence.gated_gelu(*found)
+    out.backward(d_out)
+    exact = [leaf.double().requires_grad_() for leaf in (x, y)]
+    expected = F.gelu(exact[0], approximate="tanh") * exact[1]
+    expected.backward(d_out.double())
+    for ours, reference in zip([out, *(f.grad for f in found)], [expected, *(e.grad for e in exact)], strict=True):
+        # one rounding of the result, and float32's of what nearly cancels
+        torch.testing.assert_close(ours.double(), reference, rtol=2**-8, atol=1e-5 * scale)
+
+
+def test_what_the_kernels_serve(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 9, 4, 32).bfloat16(), *torch.randn(2, 2, 2, 9, 32).bfloat16()
+    bias, mask = torch.randn(1, 4, 9, 9), additive_mask(torch.ones(2, 9), torch.float32)
+    assert sequence.serves_attention(q, bias, mask)
+    assert sequence.serves_attention(q, None, None)
+    assert not sequence.serves_attention(q.float(), bias, mask)
+    assert not sequence.serves_attention(q[..., :16], bias, mask)
+    assert not sequence.serves_attention(q, bias.expand(2, 4, 9, 9), None)
+    assert not sequence.serves_attention(q, None, mask.expand(2, 1, 9, 9))
+    assert sequence.serves_gated_gelu(q)
+    assert not sequence.serves_gated_gelu(q.float())
+    assert not sequence.serves_gated_gelu(q[..., :8])
+    ours = grouped_attention(q, k, v, bias, mask)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not sequence.serves_attention(q, bias, mask)
+    assert not sequence.serves_gated_gelu(q)
+    torch.testing.assert_close(grouped_attention(q, k, v, bias, mask), ours, rtol=0.02, atol=0.02)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(0)
+    ids = torch.randint(3, 60, (3, 21))
+    attention_mask = (torch.arange(21) < torch.tensor([[21], [9], [14]])).long()
+    return ids * attention_mask, torch.randint(3, 60, (3, 13)), attention_mask
+
+
+def gradients_of(model, batch, dtype):
+    input_ids, labels, attention_mask = batch
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        logits = model(input_ids, model.shift_right(labels), attention_mask)
+        F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("num_kv_heads", "compiled"), [(4, False), (2, False), (1, False), (2, True)])
+def test_training_in_bfloat16_follows_float32(num_kv_heads, compiled, batch):
+    """Padded samples, every parameter: the gradients point where those of float32, without any kernel, point."""
+    torch.manual_seed(0)
+    model = T5(T5Config(64, 64, 96, 4, 32, 2, 2, num_kv_heads)).train()
+    exact = gradients_of(model, batch, torch.float32)
+    if compiled:
+        model.compile_layers()
+    for name, gradient in gradients_of(model, batch, torch.bfloat16).items():
+        assert F.cosine_similarity(gradient.flatten(), exact[name].flatten(), dim=0) > 0.995, name
+        assert 0.9 < gradient.norm() / exact[name].norm() < 1.1, name
+
+
+def test_activate_is_the_same_with_and_without_the_kernel(monkeypatch):
+    x, y = torch.randn(2, 5, 32).bfloat16()
+    ours = activate("gated-gelu", x, y)
+    monkeypatch.setattr(native, "library", lambda: None)
+    torch.testing.assert_close(activate("gated-gelu", x, y), ours, rtol=0.02, atol=0.01)
+    assert torch.equal(activate("gated-silu", x, y), F.silu(x) * y)
