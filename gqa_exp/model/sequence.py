@@ -26,7 +26,8 @@ VECTOR = 16
 
 def serves_attention(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
     """Whether the kernel is there for such an attention: see `attention`."""
-    fits = (bias is None or len(bias) == 1) and (mask is None or mask.shape[1:3] == (1, 1))
+    shared = bias is None or (len(bias) == 1 and bias.dtype in (torch.float32, torch.bfloat16))
+    fits = shared and (mask is None or mask.shape[1:3] == (1, 1))
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return on_cpu and fits and native.serves_attention(q.dtype, q.shape[-1])
 
@@ -38,12 +39,12 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | Non
         q_BTHK: queries.
         k_BSGK: keys.
         v_BSGK: values.
-        bias: added to the scores, (1, H|1, T|1, S), or None.
-        mask: the same, (B|1, 1, 1, S).
+        bias: added to the scores, (1, H|1, T|1, S|1), float32 or bfloat16, or None.
+        mask: the same, (B|1, 1, 1, S), of any floating type.
     """
     B, T, H, _ = q_BTHK.shape
     S = k_BSGK.shape[1]
-    bias_HTS = None if bias is None else bias[0].float().expand(H, T, S)
+    bias_HTS = None if bias is None else bias[0].expand(H, T, S)
     if bias_HTS is not None and bias_HTS.stride(2) != 1:
         bias_HTS = bias_HTS.contiguous()
     mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S).contiguous()
@@ -112,7 +113,7 @@ def _keep_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[T
 def _attention_gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     with_bias = ctx.needs_input_grad[3]
     d_q, d_k, d_v, d_bias = _attention_backward(*ctx.saved_tensors, d_out, with_bias)
-    return d_q, d_k, d_v, d_bias if with_bias else None, None
+    return d_q, d_k, d_v, d_bias.to(ctx.saved_tensors[3].dtype) if with_bias else None, None
 
 
 _attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
@@ -131,7 +132,8 @@ def _call_attention(direction: str, tensors: Sequence[Tensor | None], shares: in
     steps = (0, 0) if bias is None else bias.stride()[:2]
     sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-    if _kernel(f"{direction}_{K}")(pointers, sizes):
+    kind = "float32" if bias is None else str(bias.dtype).removeprefix("torch.")
+    if _kernel(f"{direction}_{K}_{kind}")(pointers, sizes):
         raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
 
 

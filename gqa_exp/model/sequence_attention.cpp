@@ -111,10 +111,11 @@ struct Rows {
 // ---- attention
 
 // What a call is about. Q is (B, T, heads, K), K and V are (B, S, G, K), all contiguous.
-template <int K>
+template <int K, typename Bias>
 struct Attention {
   const BFloat16 *q, *k, *v;
-  const float *bias, *mask;         // added to the scores: (heads, T, S) and (B, S); or null
+  const Bias* bias;                 // added to the scores: (heads, T, S), or null
+  const float* mask;                // the same: (B, S), or null
   long B, T, S, G, R;               // R query heads to each of G key/value heads
   long bias_head, bias_query;       // numbers from one head of the bias to the next, and from one query to the next
   long heads = G * R;
@@ -129,20 +130,20 @@ struct Attention {
     return {x + at(b, h, first), heads * K, count};
   }
   Rows<K> key_rows(const BFloat16* x, long b, long g) const { return {x + key_at(b, g, 0), G * K, S}; }
-  const float* bias_row(long h, long t) const { return bias ? bias + h * bias_head + t * bias_query : nullptr; }
+  const Bias* bias_row(long h, long t) const { return bias ? bias + h * bias_head + t * bias_query : nullptr; }
   const float* mask_row(long b) const { return mask ? mask + b * S : nullptr; }
 
   __mmask16 there(long s) const {  // which of 16 keys there are
     return s + 16 <= S ? 0xffff : static_cast<__mmask16>((1u << std::max(0L, S - s)) - 1);
   }
-  __m512 score(const float* products, const float* bias, const float* mask, long s) const {
+  __m512 score(const float* products, const Bias* bias, const float* mask, long s) const {
     __m512 sum = _mm512_load_ps(products + s);
     if (s + 16 <= S) {
-      if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + s));
+      if (bias) sum = _mm512_add_ps(sum, widen(bias + s));
       return mask ? _mm512_add_ps(sum, _mm512_loadu_ps(mask + s)) : sum;
     }
-    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), bias + s));
-    if (mask) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there(s), mask + s));
+    if (bias) sum = _mm512_add_ps(sum, widen(bias + s, there(s)));
+    if (mask) sum = _mm512_add_ps(sum, widen(mask + s, there(s)));
     return _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), there(s), sum);
   }
 };
@@ -165,8 +166,8 @@ class Memory {
 
 // Writes the weighted values of each query, (B, T, heads, K), and what its softmax took, (B, heads, T, 2): the highest
 // score, and 1 / the sum of the exponentials of what others lie below it. Returns whether there was memory for it.
-template <int K>
-bool forward(const Attention<K> a, BFloat16* out, float* softmax) {
+template <int K, typename Bias>
+bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
   bool enough = true;
 #pragma omp parallel
   {
@@ -238,7 +239,7 @@ struct Gradients {
 
   // The gradient of a query's weights, averaged by the weights: with the softmax's gradient, the scores' gradient is
   // weight * (weight's gradient - this).
-  float mean(const Attention<K>& a, long at) const {
+  float mean(long at) const {
     __m512 sum = _mm512_setzero_ps();
     for (long k = 0; k < K; k += 16) sum = _mm512_fmadd_ps(widen(out + at + k), widen(d_out + at + k), sum);
     return _mm512_reduce_add_ps(sum);
@@ -246,8 +247,8 @@ struct Gradients {
 };
 
 // Writes the gradients. Returns whether there was memory for it.
-template <int K>
-bool backward(const Attention<K> a, const Gradients<K> d) {
+template <int K, typename Bias>
+bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
   bool enough = true;
   const long share = (a.B + d.shares - 1) / d.shares;
 #pragma omp parallel
@@ -288,7 +289,7 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
                 product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
                 product<false>({d_outs, K / 2, 1}, values, a.line, K / 2, d_weights, a.line, rows, a.keys);
                 for (long t = 0; t < rows; t += 2) {
-                  const float* bias[2];
+                  const Bias* bias[2];
                   float* d_bias[2];
                   __m512 top[2], inverse[2], mean[2];
                   for (long i = 0; i < 2; ++i) {
@@ -300,7 +301,7 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
                         d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
                     top[i] = _mm512_set1_ps(softmax[0]);
                     inverse[i] = _mm512_set1_ps(real ? softmax[1] : 0);
-                    mean[i] = _mm512_set1_ps(d.mean(a, a.at(b, h, query)));
+                    mean[i] = _mm512_set1_ps(d.mean(a.at(b, h, query)));
                   }
                   for (long s = 0; s < a.keys; s += 16) {
                     __m512i weight_words[2], gradient_words[2];
@@ -314,7 +315,7 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
                       if (d_bias[i]) {
                         float* to = d_bias[i] + s;
                         const __mmask16 real = a.there(s);
-                        _mm512_mask_storeu_ps(to, real, _mm512_add_ps(_mm512_maskz_loadu_ps(real, to), gradient));
+                        _mm512_mask_storeu_ps(to, real, _mm512_add_ps(widen(to, real), gradient));
                       }
                       const __m256i bits = rounded(gradient);
                       _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + (t + i) * a.half + s / 2), bits);
@@ -344,27 +345,31 @@ bool backward(const Attention<K> a, const Gradients<K> d) {
   return enough;
 }
 
-template <int K>
-Attention<K> attention_of(const void* const* t, const long* n) {
+template <int K, typename Bias>
+Attention<K, Bias> attention_of(const void* const* t, const long* n) {
   const auto bfloat16 = [t](int i) { return static_cast<const BFloat16*>(t[i]); };
-  const auto float32 = [t](int i) { return static_cast<const float*>(t[i]); };
-  return {bfloat16(0), bfloat16(1), bfloat16(2), float32(3), float32(4), n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+  return {bfloat16(0), bfloat16(1), bfloat16(2), static_cast<const Bias*>(t[3]), static_cast<const float*>(t[4]),
+          n[0],        n[1],        n[2],        n[3],                           n[4],
+          n[5],        n[6]};
 }
 
 }  // namespace
 
 // Tensors: q, k, v, bias, mask, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R, the
 // bias's steps between heads and queries; backward also the shares.
-#define EXPORT(K)                                                                                                  \
-  extern "C" int forward_##K(void* const* t, const long* n) {                                                      \
-    return !forward<K>(attention_of<K>(t, n), static_cast<BFloat16*>(t[5]), static_cast<float*>(t[6]));            \
-  }                                                                                                                \
-  extern "C" int backward_##K(void* const* t, const long* n) {                                                     \
-    const auto bfloat16 = [t](int i) { return static_cast<BFloat16*>(t[i]); };                                     \
-    const auto float32 = [t](int i) { return static_cast<float*>(t[i]); };                                         \
-    return !backward<K>(attention_of<K>(t, n), {bfloat16(5), float32(6), bfloat16(7), bfloat16(8), bfloat16(9),    \
-                                                bfloat16(10), float32(11), n[7]});                                 \
+#define EXPORT(K, name, Bias)                                                                                       \
+  extern "C" int forward_##K##_##name(void* const* t, const long* n) {                                              \
+    return !forward(attention_of<K, Bias>(t, n), static_cast<BFloat16*>(t[5]), static_cast<float*>(t[6]));          \
+  }                                                                                                                 \
+  extern "C" int backward_##K##_##name(void* const* t, const long* n) {                                             \
+    const auto bfloat16 = [t](int i) { return static_cast<BFloat16*>(t[i]); };                                      \
+    const auto float32 = [t](int i) { return static_cast<float*>(t[i]); };                                          \
+    return !backward(attention_of<K, Bias>(t, n), Gradients<K>{bfloat16(5), float32(6), bfloat16(7), bfloat16(8),   \
+                                                               bfloat16(9), bfloat16(10), float32(11), n[7]});      \
   }
-EXPORT(32)
-EXPORT(64)
-EXPORT(128)
+EXPORT(32, float32, float)
+EXPORT(64, float32, float)
+EXPORT(128, float32, float)
+EXPORT(32, bfloat16, BFloat16)
+EXPORT(64, bfloat16, BFloat16)
+EXPORT(128, bfloat16, BFloat16)

@@ -22,6 +22,11 @@ inline __m512 widen(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+// Only some of the 16; the others are zero and not read.
+inline __m512 widen(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
+inline __m512 widen(const BFloat16* p, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
+}
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;

@@ -13,8 +13,9 @@ from gqa_exp.model.attention import grouped_attention
 from gqa_exp.model.t5 import activate, additive_mask
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
-ROUNDING = 8e-3
-"""Relative error, in the norm, of a chain of bfloat16 roundings, each at most 2^-9; the kernels' is 2e-3 to 4e-3."""
+ROUNDING = 0.02
+"""Relative error, in the norm, of a few bfloat16 roundings, 2^-9 each: mostly 3e-3, but gradients of a single query
+over few keys are differences that nearly cancel."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,12 @@ def assert_near(found, expected):
 @st.composite
 def cases(draw):
     B, T, G, R = (draw(st.integers(1, high)) for high in (3, 80, 3, 3))
-    # Of a few keys, gradients are differences that nearly cancel.
     return B, T, draw(st.integers(8, 80)), G, R, draw(st.sampled_from(native.HEAD_DIMS))
 
 
 @given(
     cases(),
-    st.sampled_from(["none", "full", "of keys"]),
+    st.sampled_from(["none", "full", "of keys", "bfloat16"]),
     st.booleans(),
     st.integers(1, 5),
     st.integers(0, 999),
@@ -75,7 +75,8 @@ def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, th
     q, d_out = (torch.randn(B, T, H, K).bfloat16() for _ in range(2))
     k, v = (torch.randn(B, S, G, K).bfloat16() for _ in range(2))
     q = q / K**0.5
-    bias = {"none": None, "full": torch.randn(1, H, T, S), "of keys": torch.randn(1, 1, 1, S)}[bias_kind]
+    bias = None if bias_kind == "none" else torch.randn((1, 1, 1, S) if bias_kind == "of keys" else (1, H, T, S))
+    bias = bias.bfloat16() if bias_kind == "bfloat16" else bias
     lengths = torch.randint(S // 2, S + 1, (B, 1))
     mask = additive_mask((torch.arange(S) < lengths).long(), torch.float32) if padded else None
     tensors = (q, k, v, bias)
@@ -125,7 +126,7 @@ def test_what_is_no_number_shows(value):
 def test_no_memory_is_said_and_not_fatal():
     tensors = [torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)] * 3
     pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors))
-    assert native.library().forward_32(pointers, (ctypes.c_long * 8)(1, 1, 1 << 50, 1, 1, 0, 0, 1)) == 1
+    assert native.library().forward_32_float32(pointers, (ctypes.c_long * 8)(1, 1, 1 << 50, 1, 1, 0, 0, 1)) == 1
     assert_near([sequence.attention(*tensors, None, None)], [torch.zeros(1, 1, 1, 32)])
 
 
@@ -156,6 +157,7 @@ def test_what_the_kernels_serve(monkeypatch):
     assert not sequence.serves_attention(q[..., :16], bias, mask)
     assert not sequence.serves_attention(q, bias.expand(2, 4, 9, 9), None)
     assert not sequence.serves_attention(q, None, mask.expand(2, 1, 9, 9))
+    assert not sequence.serves_attention(q, bias.double(), mask)
     assert sequence.serves_gated_gelu(q)
     assert not sequence.serves_gated_gelu(q.float())
     assert not sequence.serves_gated_gelu(q[..., :8])
