@@ -186,8 +186,8 @@ def main() -> None:
     table = Table(
         title=f"Training, {dtype}, {hardware_id()}",
         caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
-        "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in torch's "
-        "matrix products, which both sides have alike; limit: the ratio if all else of ours took no time.",
+        "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in "
+        "torch's matrix products, which both sides have alike; limit: the ratio if all else of ours took no time.",
     )
     forms = list(results[0]["tokens_per_second"])
     for heading in ("model", "steps of", *forms, "ours / transformers", "products", "limit"):
