@@ -36,15 +36,16 @@ def grouped_attention(
         k_BGSK: keys, G dividing H.
         v_BGSK: values.
         bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both.
-        mask: added too, (B, 1, 1, S), without gradient: apart from a bias that all samples share, since the
-            kernel of `sequence.py` does without their sum.
+        mask: added too, (B|1, 1, 1, S), without gradient: apart from a bias that all samples share, since the kernel of
+            `sequence.py` does without their sum.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, T, H, K), the weighted values of each query head.
     """
-    if not dropout and sequence.serves_attention(q_BTHK, bias, mask):
-        return sequence.attention(q_BTHK, k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2), bias, mask)
+    k_BSGK, v_BSGK = k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2)
+    if not dropout and sequence.serves_attention(q_BTHK, k_BSGK, v_BSGK, bias, mask):
+        return sequence.attention(q_BTHK, k_BSGK, v_BSGK, bias, mask)
     if mask is not None:
         bias = mask if bias is None else bias + mask
     B, T, H, K = q_BTHK.shape
@@ -62,8 +63,8 @@ def grouped_attention(
         weights_BGLS = scores_BGLS.softmax(dim=-1)  # accumulates in float32 whatever the dtype
         out_BGLK = F.dropout(weights_BGLS, dropout) @ v_BGSK
     else:
-        mask = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
-        out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, mask, dropout, scale=1.0)
+        added = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
+        out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, added, dropout, scale=1.0)
     return out_BGLK.view(B, G, R, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
@@ -108,11 +109,16 @@ class GroupedAttention(nn.Module):
         bias: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend from x (B, T, D) to given keys and values; returns (B, T, D)."""
+        """Attend from x (B, T, D) to given keys and values, with what `grouped_attention` adds; returns (B, T, D)."""
         B, T, _ = x_BTD.shape
         q_BTHK = self.q(x_BTD).view(B, T, self.num_heads, self.head_dim)
         out_BTHK = grouped_attention(q_BTHK, k_BGSK, v_BGSK, bias, mask, self.dropout if self.training else 0.0)
         return self.o(out_BTHK.reshape(B, T, self.num_heads * self.head_dim))  # type: ignore[no-any-return]
+
+    def takes_mask_apart(self, x_BTD: Tensor) -> bool:
+        """Whether a mask is best not added to the bias that all samples share."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
+        return not (self.training and self.dropout) and sequence.serves(dtype, x_BTD.device, self.head_dim)
 
     def forward(
         self, x_BTD: Tensor, source_BSD: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
@@ -265,6 +271,6 @@ class RelativePositionBias(nn.Module):
         device = self.weight.device
         # Only T+S-1 distances differ: look those up (a small gradient scatter) and lay them out as a Toeplitz matrix.
         bias_HL = self.of_distances(torch.arange(-(T - 1), S, device=device))
-        # Contiguous, and so the matrix: with the heads innermost, laying it out takes 50 times as long, and all layers
-        # read it for all samples.
-        return bias_HL.contiguous().unfold(1, S, 1).flip(1).unsqueeze(0)
+        # Contiguous, as the matrix: with the heads innermost, laying it out takes 50 times as long, and all layers read
+        # it for all samples.
+        return bias_HL.contiguous().unfold(1, S, 1).flip(1).contiguous().unsqueeze(0)

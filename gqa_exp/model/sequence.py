@@ -22,14 +22,24 @@ from torch import Tensor
 from gqa_exp.model import native
 
 VECTOR = 16
+MOST_BYTES_OF_SHARES = 1 << 28
+"""For sums of a bias's gradient that threads keep apart."""
 
 
-def serves_attention(q: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether the kernel is there for such an attention: see `attention`."""
-    shared = bias is None or (len(bias) == 1 and bias.dtype in (torch.float32, torch.bfloat16))
-    fits = shared and (mask is None or mask.shape[1:3] == (1, 1))
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return on_cpu and fits and native.serves_attention(q.dtype, q.shape[-1])
+def serves(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether there is a kernel for attention of such numbers."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and native.serves_attention(dtype, head_dim)
+
+
+def serves_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether the kernel computes this `attention`, and has a KV head for each thread."""
+    B, _, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    alike = q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype and k_BSGK.shape == v_BSGK.shape
+    fits = alike and (len(k_BSGK), k_BSGK.shape[3], H % G) == (B, K, 0) and torch.get_num_threads() <= B * G
+    shared_bias = bias is None or (len(bias) == 1 and bias.dtype in (torch.float32, torch.bfloat16))
+    key_mask = mask is None or (mask.shape[1:3] == (1, 1) and not mask.requires_grad)
+    return fits and shared_bias and key_mask and serves(q_BTHK.dtype, q_BTHK.device, K)
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -41,29 +51,38 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | Non
         v_BSGK: values.
         bias: added to the scores, (1, H|1, T|1, S|1), float32 or bfloat16, or None.
         mask: the same, (B|1, 1, 1, S), of any floating type.
+
+    Raises:
+        MemoryError: no room to work in.
     """
     B, T, H, _ = q_BTHK.shape
     S = k_BSGK.shape[1]
     bias_HTS = None if bias is None else bias[0].expand(H, T, S)
-    if bias_HTS is not None and bias_HTS.stride(2) != 1:
-        bias_HTS = bias_HTS.contiguous()
-    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S).contiguous()
-    tensors = (q_BTHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous())
-    out: Tensor = _attention(*tensors, bias_HTS, mask_BS)[0]
+    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S)
+    out: Tensor = _attention(q_BTHK, k_BSGK, v_BSGK, bias_HTS, mask_BS)[0]
     return out
 
 
 @torch.library.custom_op("gqa_exp::sequence_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output, and what the softmax of each query took, (B, H, T, 2), for the backward pass."""
-    out, softmax = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1], 2), dtype=torch.float32)
-    _call_attention("forward", (q, k, v, bias, mask, out, softmax))
+    out, softmax = _outputs(q)
+    _call_attention("forward", (q, k, v, bias, mask), (out, softmax))
     return out, softmax
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return _like(q), q.new_empty((B, H, T, 2), dtype=torch.float32)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty((q.shape[0], q.shape[2], q.shape[1], 2), dtype=torch.float32)
+    return _outputs(q)
 
 
 @torch.library.custom_op("gqa_exp::sequence_attention_backward", mutates_args=())
@@ -81,12 +100,12 @@ def _attention_backward(
     """Gradients of q, k, v and the bias (H, T, S), the last empty if not asked for."""
     B, T, H, _ = q.shape
     S, G = k.shape[1:3]
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    # As many shares of the batch as give all threads the same number of KV heads of a share.
+    gradients = _like(q), _like(k), _like(v)
+    # As many shares of the batch as give all threads the same number of KV heads of a share, each with its own sum.
     threads = torch.get_num_threads()
-    shares = max(1, min(B, threads // math.gcd(threads, G)))
-    d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
-    _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out.contiguous(), *gradients, d_bias), shares)
+    shares = min(B, threads // math.gcd(threads, G), MOST_BYTES_OF_SHARES // (4 * H * T * S))
+    d_bias = q.new_zeros((max(1, shares), H, T, S), dtype=torch.float32) if with_bias else None
+    _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out), (*gradients, d_bias), max(1, shares))
     return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)
 
 
@@ -103,7 +122,7 @@ def _(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (q.shape[2], q.shape[1], k.shape[1]) if with_bias else (0,)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), q.new_empty(shape, dtype=torch.float32)
+    return _like(q), _like(k), _like(v), q.new_empty(shape, dtype=torch.float32)
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -119,58 +138,64 @@ def _attention_gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | N
 _attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
 
 
-def _call_attention(direction: str, tensors: Sequence[Tensor | None], shares: int = 1) -> None:
+def _call_attention(
+    direction: str, given: Sequence[Tensor | None], results: Sequence[Tensor | None], shares: int = 1
+) -> None:
     """Call the kernel, whose order of tensors and sizes this is.
 
     Raises:
         MemoryError: no room to work in.
     """
-    q, k, bias = tensors[0], tensors[1], tensors[3]
+    q, k, bias = given[0], given[1], given[3]
     assert q is not None
     assert k is not None
+    held = [
+        tensor if tensor is None or (tensor is bias and bias.stride(2) == 1) else tensor.contiguous()
+        for tensor in given
+    ]
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    steps = (0, 0) if bias is None else bias.stride()[:2]
+    steps = (0, 0) if held[3] is None else held[3].stride()[:2]  # 0 where heads or queries share it
     sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
-    pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*held, *results)]
     kind = "float32" if bias is None else str(bias.dtype).removeprefix("torch.")
-    if _kernel(f"{direction}_{K}_{kind}")(pointers, sizes):
+    if _kernel(f"{direction}_{K}_{kind}")((ctypes.c_void_p * len(pointers))(*pointers), sizes):
         raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
 
 
-def serves_gated_gelu(x: Tensor) -> bool:
-    """Whether the kernel is there for such numbers."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return on_cpu and x.shape[-1] % VECTOR == 0 and native.is_built()
+def serves_gated_gelu(x: Tensor, y: Tensor) -> bool:
+    """Whether the kernel computes this `gated_gelu`."""
+    alike = x.dtype == y.dtype == torch.bfloat16 and x.shape == y.shape and x.shape[-1] % VECTOR == 0
+    return alike and x.device.type == "cpu" and native.is_built()
 
 
 def gated_gelu(x: Tensor, y: Tensor) -> Tensor:
     """gelu(x) * y in bfloat16, GELU in tanh's approximation, with gradients."""
-    out: Tensor = _gated_gelu(x.contiguous(), y.contiguous())
+    out: Tensor = _gated_gelu(x, y)
     return out
 
 
 @torch.library.custom_op("gqa_exp::gated_gelu", mutates_args=())
 def _gated_gelu(x: Tensor, y: Tensor) -> Tensor:
-    out = torch.empty_like(x)
+    out = _like(x)
     _call("gated_gelu", x, y, out)
     return out
 
 
 @_gated_gelu.register_fake
 def _(x: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return _like(x)
 
 
 @torch.library.custom_op("gqa_exp::gated_gelu_backward", mutates_args=())
 def _gated_gelu_backward(x: Tensor, y: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    d_x, d_y = torch.empty_like(x), torch.empty_like(y)
-    _call("gated_gelu_backward", x, y, d_out.contiguous(), d_x, d_y)
+    d_x, d_y = _like(x), _like(y)
+    _call("gated_gelu_backward", x, y, d_out, d_x, d_y)
     return d_x, d_y
 
 
 @_gated_gelu_backward.register_fake
 def _(x: Tensor, y: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(y)
+    return _like(x), _like(y)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -183,8 +208,8 @@ _gated_gelu.register_autograd(
 
 
 def _call(name: str, *tensors: Tensor) -> None:
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    _kernel(name)(*pointers, ctypes.c_long(tensors[0].numel()))
+    held = [tensor.contiguous() for tensor in tensors]
+    _kernel(name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in held), ctypes.c_long(held[0].numel()))
 
 
 def _kernel(name: str) -> Callable[..., int]:

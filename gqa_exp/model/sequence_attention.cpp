@@ -12,7 +12,6 @@
 //   interleaved (rows / 2, K):  word (s, k) holds element k of rows 2s and 2s + 1
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -190,7 +189,7 @@ bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
             const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
             a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
             product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
-            float tops[kQueries], shares[kQueries];
+            float tops[kQueries], inverses[kQueries];
             for (long t = 0; t < count; ++t) {
               float* row = products + t * a.line;
               __m512 highest = _mm512_set1_ps(std::numeric_limits<float>::lowest());
@@ -211,16 +210,16 @@ bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
                 total = _mm512_add_ps(total, _mm512_add_ps(low, high));
                 _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
               }
-              shares[t] = 1 / _mm512_reduce_add_ps(total);
+              inverses[t] = 1 / _mm512_reduce_add_ps(total);
               float* kept = softmax + 2 * a.row(b, h, first + t);
               kept[0] = tops[t];
-              kept[1] = shares[t];
+              kept[1] = inverses[t];
             }
             product<false>({weights, a.half, 1}, values, K, a.keys / 2, sums, K, rows, K);
             for (long t = 0; t < count; ++t)
               for (long k = 0; k < K; k += 16)
                 narrow(out + a.at(b, h, first + t) + k,
-                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(shares[t])));
+                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(inverses[t])));
           }
       }
     }
@@ -293,14 +292,14 @@ bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
                   float* d_bias[2];
                   __m512 top[2], inverse[2], mean[2];
                   for (long i = 0; i < 2; ++i) {
-                    const bool real = t + i < count;  // other rows fill the last block up and have no weights
+                    const bool real = t + i < count;  // other rows fill the last block up: their weights are zero
                     const long query = first + std::min(t + i, count - 1);
                     const float* softmax = d.softmax + 2 * a.row(b, h, query);
                     bias[i] = a.bias_row(h, query);
                     d_bias[i] =
                         d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
-                    top[i] = _mm512_set1_ps(softmax[0]);
-                    inverse[i] = _mm512_set1_ps(real ? softmax[1] : 0);
+                    top[i] = _mm512_set1_ps(real ? softmax[0] : std::numeric_limits<float>::infinity());
+                    inverse[i] = _mm512_set1_ps(softmax[1]);
                     mean[i] = _mm512_set1_ps(d.mean(a.at(b, h, query)));
                   }
                   for (long s = 0; s < a.keys; s += 16) {

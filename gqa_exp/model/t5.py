@@ -194,7 +194,7 @@ class FeedForward(nn.Module):
 
 def activate(kind: str, x: Tensor, gated: Tensor | None = None) -> Tensor:
     """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind."""
-    if gated is not None and ACTIVATIONS[kind] is gelu and sequence.serves_gated_gelu(x):
+    if gated is not None and ACTIVATIONS[kind] is gelu and sequence.serves_gated_gelu(x, gated):
         return sequence.gated_gelu(x, gated)
     x = ACTIVATIONS[kind](x)
     return x if gated is None else x * gated
@@ -259,9 +259,11 @@ class Encoder(nn.Module):
         """Embedded inputs (B, S, D) to encoded states (B, S, D); `mask` is additive, (B, 1, 1, S)."""
         S = x_BSD.shape[1]
         bias = self.relative_bias(S, S)
-        if mask is not None and x_BSD.device.type != "cpu":  # where each layer would add them
-            bias, mask = bias + mask, None
         x_BSD = self.dropout(x_BSD)
+        first = self.layers[0]
+        assert isinstance(first, EncoderLayer)
+        if mask is not None and not first.self_attention.takes_mask_apart(x_BSD):
+            bias, mask = bias + mask, None  # here, rather than in each layer
         for layer in self.layers:
             x_BSD = _run(layer, self.checkpointing and self.training, x_BSD, bias, mask)
         return self.dropout(self.final_norm(x_BSD))  # type: ignore[no-any-return]

@@ -199,3 +199,13 @@ def test_half_precision_is_near_full_precision():
         out = grouped_attention(*halves, bias)
         assert out.dtype == torch.bfloat16
         assert (out.float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("T", "S"), [(3, 7), (7, 3), (5, 5)])
+def test_the_bias_of_positions_is_that_of_their_distance_row_by_row(T, S):
+    bias = RelativePositionBias(2, 32, 128, True)
+    torch.nn.init.normal_(bias.weight)
+    laid_out = bias(T, S)
+    assert laid_out.is_contiguous()
+    distance = torch.arange(S) - torch.arange(T)[:, None]
+    assert torch.equal(laid_out, bias.weight[bias.bucket(distance)].permute(2, 0, 1).unsqueeze(0))

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,12 @@ def test_the_kernel_leaves_small_numbers_alone():
     smallest = torch.tensor([1e-40]).clone()
     assert (smallest * 0.5 > 0).all()
     assert np.float32(1e-40) * np.float32(0.5) > 0
+
+
+def test_where_there_can_be_kernels_there_are():
+    """Else all tests of theirs would be skipped."""
+    can = set(native._cpu().split()) >= native.NEEDED and shutil.which("g++") is not None
+    assert (native.library() is not None) == can
 
 
 def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):

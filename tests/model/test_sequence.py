@@ -53,7 +53,7 @@ def assert_near(found, expected):
 
 @st.composite
 def cases(draw):
-    B, T, G, R = (draw(st.integers(1, high)) for high in (3, 80, 3, 3))
+    B, T, G, R = (draw(st.integers(1, high)) for high in (5, 80, 3, 3))
     return B, T, draw(st.integers(8, 80)), G, R, draw(st.sampled_from(native.HEAD_DIMS))
 
 
@@ -65,6 +65,7 @@ def cases(draw):
     st.integers(0, 999),
 )
 @example((3, 33, 31, 1, 3, 32), "full", True, 4, 0)  # threads that share the batch of a bias's gradient
+@example((4, 9, 8, 1, 2, 32), "full", True, 3, 0)  # and one of them has no share left
 @example((2, 32, 64, 2, 1, 64), "full", False, 1, 0)  # nothing padded
 @settings(max_examples=60, deadline=None)
 def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, threads, seed):
@@ -151,20 +152,33 @@ def test_what_the_kernels_serve(monkeypatch):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 9, 4, 32).bfloat16(), *torch.randn(2, 2, 2, 9, 32).bfloat16()
     bias, mask = torch.randn(1, 4, 9, 9), additive_mask(torch.ones(2, 9), torch.float32)
-    assert sequence.serves_attention(q, bias, mask)
-    assert sequence.serves_attention(q, None, None)
-    assert not sequence.serves_attention(q.float(), bias, mask)
-    assert not sequence.serves_attention(q[..., :16], bias, mask)
-    assert not sequence.serves_attention(q, bias.expand(2, 4, 9, 9), None)
-    assert not sequence.serves_attention(q, None, mask.expand(2, 1, 9, 9))
-    assert not sequence.serves_attention(q, bias.double(), mask)
-    assert sequence.serves_gated_gelu(q)
-    assert not sequence.serves_gated_gelu(q.float())
-    assert not sequence.serves_gated_gelu(q[..., :8])
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    assert sequence.serves_attention(q, keys, values, bias, mask)
+    assert sequence.serves_attention(q, keys, values, None, None)
+    others = [
+        (q.float(), keys.float(), values.float(), bias, mask),
+        (q, keys, values.float(), bias, mask),
+        (q[..., :16], keys[..., :16], values[..., :16], bias, mask),
+        (q, keys, values[:, 1:], None, None),
+        (q[:, :, 1:], keys, values, None, None),  # 3 query heads for 2 KV heads
+        (q, keys, values, bias.double(), mask),
+        (q, keys, values, bias.expand(2, 4, 9, 9), None),
+        (q, keys, values, None, mask.expand(2, 1, 9, 9)),
+        (q, keys, values, None, mask.clone().requires_grad_()),
+    ]
+    assert not any(sequence.serves_attention(*other) for other in others)
+    torch.set_num_threads(5)  # for 4 KV heads
+    assert not sequence.serves_attention(q, keys, values, None, None)
+    torch.set_num_threads(2)
+    assert sequence.serves_gated_gelu(q, q)
+    assert not sequence.serves_gated_gelu(q.float(), q.float())
+    assert not sequence.serves_gated_gelu(q, q.float())
+    assert not sequence.serves_gated_gelu(q, q[:1])
+    assert not sequence.serves_gated_gelu(q[..., :8], q[..., :8])
     ours = grouped_attention(q, k, v, bias, mask)
     monkeypatch.setattr(native, "library", lambda: None)
-    assert not sequence.serves_attention(q, bias, mask)
-    assert not sequence.serves_gated_gelu(q)
+    assert not sequence.serves_attention(q, keys, values, bias, mask)
+    assert not sequence.serves_gated_gelu(q, q)
     torch.testing.assert_close(grouped_attention(q, k, v, bias, mask), ours, rtol=0.02, atol=0.02)
 
 
@@ -183,6 +197,46 @@ def gradients_of(model, batch, dtype):
         logits = model(input_ids, model.shift_right(labels), attention_mask)
         F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the kernels called."""
+    made, kernel = [], sequence._kernel
+    monkeypatch.setattr(sequence, "_kernel", lambda name: made.append(name) or kernel(name))
+    return made
+
+
+def test_the_model_uses_them(calls, batch):
+    model = T5(T5Config(64, 64, 96, 4, 32, 2, 1, 2)).train()
+    gradients_of(model, batch, torch.bfloat16)
+    assert sorted(calls) == sorted(
+        [*["forward_32_float32", "backward_32_float32"] * 4, *["gated_gelu", "gated_gelu_backward"] * 3]
+    )
+    model.set_checkpointing(True)
+    calls.clear()
+    gradients_of(model, batch, torch.bfloat16)
+    assert calls.count("forward_32_float32") == 2 * calls.count("backward_32_float32") == 8
+    calls.clear()
+    with torch.inference_mode():
+        model.eval().bfloat16().encode(batch[0], batch[2])
+    assert sorted(calls) == ["forward_32_bfloat16"] * 2 + ["gated_gelu"] * 2
+    calls.clear()
+    model.float().train().set_dropout(0.1)
+    gradients_of(model, batch, torch.bfloat16)
+    assert {name for name in calls if "gelu" not in name} == set()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_masks_stay_apart_only_where_the_kernel_reads_them(dropout, autocast, batch):
+    model = T5(T5Config(64, 64, 96, 4, 32, 2, 1, 2)).train()
+    model.set_dropout(dropout)
+    seen = []
+    model.encoder.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[2] is not None))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.encode(batch[0], batch[2])
+    assert seen == [autocast and not dropout]
 
 
 @pytest.mark.parametrize(("num_kv_heads", "compiled"), [(4, False), (2, False), (1, False), (2, True)])

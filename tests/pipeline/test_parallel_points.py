@@ -92,9 +92,11 @@ def test_an_interrupted_sweep_leaves_no_process(
     timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
     monkeypatch.setattr(parallel, "_start", sleeping)
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(KeyboardInterrupt):
-        run_points(points(make_config, tmp_path / "runs"), 2, tmp_path / "points")
-    signal.signal(signal.SIGINT, at_first)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_points(points(make_config, tmp_path / "runs"), 2, tmp_path / "points")
+    finally:
+        signal.signal(signal.SIGINT, at_first)
     timer.join()
     assert len(started) == 2
     assert all(process.poll() is not None for process in started)
