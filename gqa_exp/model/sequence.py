@@ -131,8 +131,9 @@ def _keep_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[T
 
 def _attention_gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     with_bias = ctx.needs_input_grad[3]
-    d_q, d_k, d_v, d_bias = _attention_backward(*ctx.saved_tensors, d_out, with_bias)
-    return d_q, d_k, d_v, d_bias.to(ctx.saved_tensors[3].dtype) if with_bias else None, None
+    saved = ctx.saved_tensors  # once: checkpointing computes them again at each look
+    d_q, d_k, d_v, d_bias = _attention_backward(*saved, d_out, with_bias)
+    return d_q, d_k, d_v, d_bias.to(saved[3].dtype) if with_bias else None, None
 
 
 _attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
