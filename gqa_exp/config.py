@@ -236,8 +236,8 @@ class TimingConfig:
     fills: list[int] = field(default_factory=list)
     """Cache fills at which decode steps are timed, from 1 to output_length; linear between them. Empty: every step."""
     encoder_batch_size: int = bounded(0, 0)
-    """Samples to time the encoder with, scaled to batch_size; 0: all of them. Of fewer than some 1,000 tokens in all, each
-    takes longer: T5-Base's encoder 10 % with one sample of 512."""
+    """Samples to time the encoder with, scaled to batch_size; 0: all of them. With fewer than some 1,000 tokens in all,
+    each takes longer: in T5-Base's encoder 10 %, with one sample of 512."""
     seed: int = bounded(0, 0)
 
 
