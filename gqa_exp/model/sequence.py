@@ -103,9 +103,9 @@ def _attention_backward(
     gradients = _like(q), _like(k), _like(v)
     # As many shares of the batch as give all threads the same number of KV heads of a share, each with its own sum.
     threads = torch.get_num_threads()
-    shares = min(B, threads // math.gcd(threads, G), MOST_BYTES_OF_SHARES // (4 * H * T * S))
-    d_bias = q.new_zeros((max(1, shares), H, T, S), dtype=torch.float32) if with_bias else None
-    _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out), (*gradients, d_bias), max(1, shares))
+    shares = max(1, min(B, threads // math.gcd(threads, G), MOST_BYTES_OF_SHARES // max(1, 4 * H * T * S)))
+    d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
+    _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out), (*gradients, d_bias), shares)
     return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)
 
 

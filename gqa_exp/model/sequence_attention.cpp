@@ -164,7 +164,7 @@ class Memory {
 };
 
 // Writes the weighted values of each query, (B, T, heads, K), and what its softmax took, (B, heads, T, 2): the highest
-// score, and 1 / the sum of the exponentials of what others lie below it. Returns whether there was memory for it.
+// score, and 1 / the sum of exp(score - highest). Returns whether there was memory for it.
 template <int K, typename Bias>
 bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
   bool enough = true;
