@@ -110,17 +110,8 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    softmax: Tensor,
-    d_out: Tensor,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, with_bias = rest
     shape = (q.shape[2], q.shape[1], k.shape[1]) if with_bias else (0,)
     return _like(q), _like(k), _like(v), q.new_empty(shape, dtype=torch.float32)
 

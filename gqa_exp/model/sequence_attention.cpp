@@ -3,7 +3,8 @@
 // A unit of work is one key/value head of one sequence with the query heads that share it. Its queries are taken in
 // blocks, whose scores stay in the processor's caches; of them the forward pass keeps only two numbers per query, from
 // which the backward pass computes the weights again (Dao et al. 2022, FlashAttention, section 3.1).
-// Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
+// Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on, which must have AVX-512 with
+// bfloat16.
 //
 // A product multiplies words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time
 // with 16 of the right side that lie side by side. Rows of K elements are brought into one of these orders for it:
@@ -113,14 +114,14 @@ struct Rows {
 template <int K, typename Bias>
 struct Attention {
   const BFloat16 *q, *k, *v;
-  const Bias* bias;                 // added to the scores: (heads, T, S), or null
-  const float* mask;                // the same: (B, S), or null
-  long B, T, S, G, R;               // R query heads to each of G key/value heads
-  long bias_head, bias_query;       // numbers from one head of the bias to the next, and from one query to the next
+  const Bias* bias;            // added to the scores: (heads, T, S), or null
+  const float* mask;           // the same: (B, S), or null
+  long B, T, S, G, R;          // R query heads to each of G key/value heads
+  long bias_head, bias_query;  // numbers from one head of the bias to the next, and from one query to the next
   long heads = G * R;
-  long keys = up(S, kColumns);      // padded
-  long line = keys + kSkew;         // words of a line of keys; of pairs of keys, half
-  long half = keys / 2 + kSkew;
+  long keys = up(S, kColumns);   // padded
+  long line = keys + kSkew;      // words of a line of keys
+  long half = keys / 2 + kSkew;  // words of a line of pairs of keys
 
   long at(long b, long h, long t) const { return ((b * T + t) * heads + h) * K; }
   long row(long b, long h, long t) const { return (b * heads + h) * T + t; }
@@ -163,77 +164,93 @@ class Memory {
   Word* next_;
 };
 
-// Writes the weighted values of each query, (B, T, heads, K), and what its softmax took, (B, heads, T, 2): the highest
-// score, and 1 / the sum of exp(score - highest). Returns whether there was memory for it.
-template <int K, typename Bias>
-bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
+// Does the work in all threads, each with so many words of memory; returns whether there were as many.
+template <typename Work>
+bool in_all_threads(long words, Work work) {
   bool enough = true;
 #pragma omp parallel
   {
-    Memory memory(a.line * K / 2 + a.keys * K / 2 + kQueries * (K / 2 + a.line + a.half + K));
+    Memory memory(words);
     if (!memory)
 #pragma omp atomic write
       enough = false;
 #pragma omp barrier
-    if (enough) {
-      Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.keys * K / 2);
-      Word *queries = memory.words(kQueries * K / 2), *weights = memory.words(kQueries * a.half);
-      float *products = memory.floats(kQueries * a.line), *sums = memory.floats(kQueries * K);
-#pragma omp for schedule(static)
-      for (long unit = 0; unit < a.B * a.G; ++unit) {
-        const long b = unit / a.G, g = unit % a.G;
-        a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
-        a.key_rows(a.v, b, g).interleaved(a.keys, values);
-        for (long h = g * a.R; h < (g + 1) * a.R; ++h)
-          for (long first = 0; first < a.T; first += kQueries) {
-            const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
-            a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
-            product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
-            float tops[kQueries], inverses[kQueries];
-            for (long t = 0; t < count; ++t) {
-              float* row = products + t * a.line;
-              __m512 highest = _mm512_set1_ps(std::numeric_limits<float>::lowest());
-              for (long s = 0; s < a.keys; s += 16) {
-                const __m512 score = a.score(row, a.bias_row(h, first + t), a.mask_row(b), s);
-                _mm512_store_ps(row + s, score);
-                highest = _mm512_max_ps(highest, score);
-              }
-              tops[t] = _mm512_reduce_max_ps(highest);
-            }
-            for (long t = 0; t < count; ++t) {  // apart, so that no row waits for its highest score
-              const float* row = products + t * a.line;
-              const __m512 top = _mm512_set1_ps(tops[t]);
-              __m512 total = _mm512_setzero_ps();
-              for (long s = 0; s < a.keys; s += 32) {
-                const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), top));
-                const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), top));
-                total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-                _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-              }
-              inverses[t] = 1 / _mm512_reduce_add_ps(total);
-              float* kept = softmax + 2 * a.row(b, h, first + t);
-              kept[0] = tops[t];
-              kept[1] = inverses[t];
-            }
-            product<false>({weights, a.half, 1}, values, K, a.keys / 2, sums, K, rows, K);
-            for (long t = 0; t < count; ++t)
-              for (long k = 0; k < K; k += 16)
-                narrow(out + a.at(b, h, first + t) + k,
-                       _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(inverses[t])));
-          }
-      }
-    }
+    if (enough) work(memory);
   }
   return enough;
 }
 
+// Of some queries of a head, the products with all keys become scores, and of these exp(score - highest) is written as
+// weights. For each query 1 / their sum goes to `inverses`, and the highest score and this to `softmax`.
+template <int K, typename Bias>
+void weigh(const Attention<K, Bias>& a, long b, long h, long first, long count, float* products, Word* weights,
+           float* inverses, float* softmax) {
+  float tops[kQueries];
+  for (long t = 0; t < count; ++t) {
+    float* row = products + t * a.line;
+    __m512 highest = _mm512_set1_ps(std::numeric_limits<float>::lowest());
+    for (long s = 0; s < a.keys; s += 16) {
+      const __m512 score = a.score(row, a.bias_row(h, first + t), a.mask_row(b), s);
+      _mm512_store_ps(row + s, score);
+      highest = _mm512_max_ps(highest, score);
+    }
+    tops[t] = _mm512_reduce_max_ps(highest);
+  }
+  for (long t = 0; t < count; ++t) {  // apart, so that no row waits for its highest score
+    const float* row = products + t * a.line;
+    const __m512 top = _mm512_set1_ps(tops[t]);
+    __m512 total = _mm512_setzero_ps();
+    for (long s = 0; s < a.keys; s += 32) {
+      const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), top));
+      const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), top));
+      total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+      _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    inverses[t] = 1 / _mm512_reduce_add_ps(total);
+    float* kept = softmax + 2 * a.row(b, h, first + t);
+    kept[0] = tops[t];
+    kept[1] = inverses[t];
+  }
+}
+
+// Writes the weighted values of each query, (B, T, heads, K), and what its softmax took, (B, heads, T, 2): the highest
+// score, and 1 / the sum of exp(score - highest). Returns whether there was memory for it.
+template <int K, typename Bias>
+bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
+  const long words = a.line * K / 2 + a.keys * K / 2 + kQueries * (K / 2 + a.line + a.half + K);
+  return in_all_threads(words, [=](Memory memory) {
+    Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.keys * K / 2);
+    Word *queries = memory.words(kQueries * K / 2), *weights = memory.words(kQueries * a.half);
+    float *products = memory.floats(kQueries * a.line), *sums = memory.floats(kQueries * K);
+#pragma omp for schedule(static)
+    for (long unit = 0; unit < a.B * a.G; ++unit) {
+      const long b = unit / a.G, g = unit % a.G;
+      a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
+      a.key_rows(a.v, b, g).interleaved(a.keys, values);
+      for (long h = g * a.R; h < (g + 1) * a.R; ++h)
+        for (long first = 0; first < a.T; first += kQueries) {
+          const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+          float inverses[kQueries];
+          a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
+          product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
+          weigh(a, b, h, first, count, products, weights, inverses, softmax);
+          product<false>({weights, a.half, 1}, values, K, a.keys / 2, sums, K, rows, K);
+          for (long t = 0; t < count; ++t)
+            for (long k = 0; k < K; k += 16)
+              narrow(out + a.at(b, h, first + t) + k,
+                     _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(inverses[t])));
+        }
+    }
+  });
+}
+
 template <int K>
 struct Gradients {
-  const BFloat16* out;   // of the forward pass
+  const BFloat16* out;  // of the forward pass
   const float* softmax;
   const BFloat16* d_out;
   BFloat16 *d_q, *d_k, *d_v;
-  float* d_bias;  // (shares, heads, T, S), added to: the batch is divided into shares, whose sum is the gradient; or null
+  float* d_bias;  // (shares, heads, T, S), added to: shares of the batch, whose sum is the gradient; or null
   long shares;
 
   // The gradient of a query's weights, averaged by the weights: with the softmax's gradient, the scores' gradient is
@@ -245,103 +262,113 @@ struct Gradients {
   }
 };
 
+// Memory for the scores of a block of queries, and what the backward pass makes of them.
+template <int K, typename Bias>
+struct Block {
+  static constexpr long lines = 3, halves = 1;  // for each query
+  float *products, *d_weights;                  // of queries and keys; of gradients of the output and values
+  Word *d_scores, *d_score_pairs, *weight_pairs;
+
+  Block(const Attention<K, Bias>& a, Memory& memory)
+      : products(memory.floats(kQueries * a.line)),
+        d_weights(memory.floats(kQueries * a.line)),
+        d_scores(memory.words(kQueries * a.half)),
+        d_score_pairs(memory.words(kQueries / 2 * a.line)),
+        weight_pairs(memory.words(kQueries / 2 * a.line)) {}
+
+  // From the first two, the others, and what these queries add to a share of the bias's gradient.
+  void differentiate(const Attention<K, Bias>& a, const Gradients<K>& d, long b, long h, long first, long count,
+                     long part) const {
+    for (long t = 0; t < count; t += 2) {
+      const Bias* bias[2];
+      float* d_bias[2];
+      __m512 top[2], inverse[2], mean[2];
+      for (long i = 0; i < 2; ++i) {
+        const bool real = t + i < count;  // other rows fill the last block up: their weights are zero
+        const long query = first + std::min(t + i, count - 1);
+        const float* softmax = d.softmax + 2 * a.row(b, h, query);
+        bias[i] = a.bias_row(h, query);
+        d_bias[i] = d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
+        top[i] = _mm512_set1_ps(real ? softmax[0] : std::numeric_limits<float>::infinity());
+        inverse[i] = _mm512_set1_ps(softmax[1]);
+        mean[i] = _mm512_set1_ps(d.mean(a.at(b, h, query)));
+      }
+      for (long s = 0; s < a.keys; s += 16) {
+        __m512i weight_words[2], gradient_words[2];
+#pragma GCC unroll 2
+        for (long i = 0; i < 2; ++i) {
+          const long at = (t + i) * a.line;
+          const __m512 score = a.score(products + at, bias[i], a.mask_row(b), s);
+          const __m512 weight = _mm512_mul_ps(inverse[i], exponential(_mm512_sub_ps(score, top[i])));
+          const __m512 gradient = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(d_weights + at + s), mean[i]));
+          if (d_bias[i]) {
+            float* to = d_bias[i] + s;
+            _mm512_mask_storeu_ps(to, a.there(s), _mm512_add_ps(widen(to, a.there(s)), gradient));
+          }
+          const __m256i bits = rounded(gradient);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + (t + i) * a.half + s / 2), bits);
+          gradient_words[i] = words_of(bits);
+          weight_words[i] = words_of(rounded(weight));
+        }
+        const long at = t / 2 * a.line + s;
+        _mm512_store_si512(weight_pairs + at, pairs_of(weight_words[0], weight_words[1]));
+        _mm512_store_si512(d_score_pairs + at, pairs_of(gradient_words[0], gradient_words[1]));
+      }
+    }
+  }
+};
+
 // Writes the gradients. Returns whether there was memory for it.
 template <int K, typename Bias>
 bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
-  bool enough = true;
+  using Scores = Block<K, Bias>;
   const long share = (a.B + d.shares - 1) / d.shares;
-#pragma omp parallel
-  {
-    Memory memory(a.line * K + a.keys * (K / 2 + 2 * K) + kQueries * (2 * K + K + 3 * a.line + a.half));
-    if (!memory)
-#pragma omp atomic write
-      enough = false;
-#pragma omp barrier
-    if (enough) {
-      Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.line * K / 2);
-      Word* key_pairs = memory.words(a.keys * K / 2);
-      Word *queries = memory.words(kQueries * K / 2), *query_pairs = memory.words(kQueries * K / 2);
-      Word *d_outs = memory.words(kQueries * K / 2), *d_out_pairs = memory.words(kQueries * K / 2);
-      Word *d_scores = memory.words(kQueries * a.half), *d_score_pairs = memory.words(kQueries / 2 * a.line);
-      Word* weight_pairs = memory.words(kQueries / 2 * a.line);
-      float *products = memory.floats(kQueries * a.line), *d_weights = memory.floats(kQueries * a.line);
-      float *q_sums = memory.floats(kQueries * K), *k_sums = memory.floats(a.keys * K);
-      float* v_sums = memory.floats(a.keys * K);
+  const long words = a.line * K + a.keys * (K / 2 + 2 * K) +
+                     kQueries * (2 * K + K + Scores::lines * a.line + Scores::halves * a.half);
+  return in_all_threads(words, [=](Memory memory) {
+    Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.line * K / 2);
+    Word* key_pairs = memory.words(a.keys * K / 2);
+    Word *queries = memory.words(kQueries * K / 2), *query_pairs = memory.words(kQueries * K / 2);
+    Word *d_outs = memory.words(kQueries * K / 2), *d_out_pairs = memory.words(kQueries * K / 2);
+    float *q_sums = memory.floats(kQueries * K), *k_sums = memory.floats(a.keys * K);
+    float* v_sums = memory.floats(a.keys * K);
+    const Scores block(a, memory);
 #pragma omp for collapse(2) schedule(static)
-      for (long g = 0; g < a.G; ++g)
-        for (long part = 0; part < d.shares; ++part)
-          for (long b = part * share; b < std::min(a.B, (part + 1) * share); ++b) {
-            a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
-            a.key_rows(a.k, b, g).interleaved(a.keys, key_pairs);
-            a.key_rows(a.v, b, g).turned(a.keys, a.line, values);
-            std::fill(k_sums, k_sums + a.keys * K, 0.0f);
-            std::fill(v_sums, v_sums + a.keys * K, 0.0f);
-            for (long h = g * a.R; h < (g + 1) * a.R; ++h)
-              for (long first = 0; first < a.T; first += kQueries) {
-                const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
-                const Rows<K> q = a.query_rows(a.q, b, h, first, count);
-                const Rows<K> d_out = a.query_rows(d.d_out, b, h, first, count);
-                q.gathered(rows, queries);
-                q.interleaved(rows, query_pairs);
-                d_out.gathered(rows, d_outs);
-                d_out.interleaved(rows, d_out_pairs);
-                product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
-                product<false>({d_outs, K / 2, 1}, values, a.line, K / 2, d_weights, a.line, rows, a.keys);
-                for (long t = 0; t < rows; t += 2) {
-                  const Bias* bias[2];
-                  float* d_bias[2];
-                  __m512 top[2], inverse[2], mean[2];
-                  for (long i = 0; i < 2; ++i) {
-                    const bool real = t + i < count;  // other rows fill the last block up: their weights are zero
-                    const long query = first + std::min(t + i, count - 1);
-                    const float* softmax = d.softmax + 2 * a.row(b, h, query);
-                    bias[i] = a.bias_row(h, query);
-                    d_bias[i] =
-                        d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
-                    top[i] = _mm512_set1_ps(real ? softmax[0] : std::numeric_limits<float>::infinity());
-                    inverse[i] = _mm512_set1_ps(softmax[1]);
-                    mean[i] = _mm512_set1_ps(d.mean(a.at(b, h, query)));
-                  }
-                  for (long s = 0; s < a.keys; s += 16) {
-                    __m512i weight_words[2], gradient_words[2];
-#pragma GCC unroll 2
-                    for (long i = 0; i < 2; ++i) {
-                      const long at = (t + i) * a.line;
-                      const __m512 score = a.score(products + at, bias[i], a.mask_row(b), s);
-                      const __m512 weight = _mm512_mul_ps(inverse[i], exponential(_mm512_sub_ps(score, top[i])));
-                      const __m512 gradient =
-                          _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(d_weights + at + s), mean[i]));
-                      if (d_bias[i]) {
-                        float* to = d_bias[i] + s;
-                        const __mmask16 real = a.there(s);
-                        _mm512_mask_storeu_ps(to, real, _mm512_add_ps(widen(to, real), gradient));
-                      }
-                      const __m256i bits = rounded(gradient);
-                      _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + (t + i) * a.half + s / 2), bits);
-                      gradient_words[i] = words_of(bits);
-                      weight_words[i] = words_of(rounded(weight));
-                    }
-                    const long at = t / 2 * a.line + s;
-                    _mm512_store_si512(weight_pairs + at, pairs_of(weight_words[0], weight_words[1]));
-                    _mm512_store_si512(d_score_pairs + at, pairs_of(gradient_words[0], gradient_words[1]));
-                  }
-                }
-                product<false>({d_scores, a.half, 1}, key_pairs, K, a.keys / 2, q_sums, K, rows, K);
-                product<true>({d_score_pairs, 1, a.line}, query_pairs, K, rows / 2, k_sums, K, a.keys, K);
-                product<true>({weight_pairs, 1, a.line}, d_out_pairs, K, rows / 2, v_sums, K, a.keys, K);
-                for (long t = 0; t < count; ++t)
-                  for (long k = 0; k < K; k += 16)
-                    narrow(d.d_q + a.at(b, h, first + t) + k, _mm512_load_ps(q_sums + t * K + k));
-              }
-            for (long s = 0; s < a.S; ++s)
-              for (long k = 0; k < K; k += 16) {
-                narrow(d.d_k + a.key_at(b, g, s) + k, _mm512_load_ps(k_sums + s * K + k));
-                narrow(d.d_v + a.key_at(b, g, s) + k, _mm512_load_ps(v_sums + s * K + k));
-              }
-          }
-    }
-  }
-  return enough;
+    for (long g = 0; g < a.G; ++g)
+      for (long part = 0; part < d.shares; ++part)
+        for (long b = part * share; b < std::min(a.B, (part + 1) * share); ++b) {
+          a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
+          a.key_rows(a.k, b, g).interleaved(a.keys, key_pairs);
+          a.key_rows(a.v, b, g).turned(a.keys, a.line, values);
+          std::fill(k_sums, k_sums + a.keys * K, 0.0f);
+          std::fill(v_sums, v_sums + a.keys * K, 0.0f);
+          for (long h = g * a.R; h < (g + 1) * a.R; ++h)
+            for (long first = 0; first < a.T; first += kQueries) {
+              const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+              const Rows<K> q = a.query_rows(a.q, b, h, first, count);
+              const Rows<K> d_out = a.query_rows(d.d_out, b, h, first, count);
+              q.gathered(rows, queries);
+              q.interleaved(rows, query_pairs);
+              d_out.gathered(rows, d_outs);
+              d_out.interleaved(rows, d_out_pairs);
+              product<false>({queries, K / 2, 1}, keys, a.line, K / 2, block.products, a.line, rows, a.keys);
+              product<false>({d_outs, K / 2, 1}, values, a.line, K / 2, block.d_weights, a.line, rows, a.keys);
+              block.differentiate(a, d, b, h, first, count, part);
+              const long pairs = (count + 1) / 2;
+              product<false>({block.d_scores, a.half, 1}, key_pairs, K, a.keys / 2, q_sums, K, rows, K);
+              product<true>({block.d_score_pairs, 1, a.line}, query_pairs, K, pairs, k_sums, K, a.keys, K);
+              product<true>({block.weight_pairs, 1, a.line}, d_out_pairs, K, pairs, v_sums, K, a.keys, K);
+              for (long t = 0; t < count; ++t)
+                for (long k = 0; k < K; k += 16)
+                  narrow(d.d_q + a.at(b, h, first + t) + k, _mm512_load_ps(q_sums + t * K + k));
+            }
+          for (long s = 0; s < a.S; ++s)
+            for (long k = 0; k < K; k += 16) {
+              narrow(d.d_k + a.key_at(b, g, s) + k, _mm512_load_ps(k_sums + s * K + k));
+              narrow(d.d_v + a.key_at(b, g, s) + k, _mm512_load_ps(v_sums + s * K + k));
+            }
+        }
+  });
 }
 
 template <int K, typename Bias>

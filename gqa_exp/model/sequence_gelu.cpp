@@ -14,7 +14,8 @@ constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f;  // 2 u = kSlo
 inline __m512 constant(float x) { return _mm512_set1_ps(x); }
 
 inline __m512 sigmoid_of_twice_u(__m512 x, __m512 square) {
-  const __m512 twice_u = _mm512_mul_ps(_mm512_mul_ps(x, constant(kSlope)), _mm512_fmadd_ps(square, constant(kCubic), constant(1)));
+  const __m512 factor = _mm512_fmadd_ps(square, constant(kCubic), constant(1));
+  const __m512 twice_u = _mm512_mul_ps(_mm512_mul_ps(x, constant(kSlope)), factor);
   const __m512 power = _mm512_min_ps(constant(1000), _mm512_sub_ps(_mm512_setzero_ps(), twice_u));
   return _mm512_div_ps(constant(1), _mm512_add_ps(constant(1), exponential(power)));
 }

@@ -39,7 +39,7 @@ inline void narrow(BFloat16* p, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// e^x, with a relative error of 4e-6 at most; 0 below the least float32, infinity from 88.8 on, for any x but infinity.
+// e^x, with a relative error of 4e-6 at most; 0 below the least float32, infinity from 88.8 on; NaN of infinity.
 inline __m512 exponential(__m512 x) {
   const __m512 power = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-1e4f), x), _mm512_set1_ps(1.44269504f));  // of 2
   const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -90,10 +90,10 @@ def test_the_kernel_leaves_small_numbers_alone():
     assert np.float32(1e-40) * np.float32(0.5) > 0
 
 
+@pytest.mark.skipif(not set(native._cpu().split()) >= native.NEEDED or not shutil.which("g++"), reason="neither")
 def test_where_there_can_be_kernels_there_are():
     """Else all tests of theirs would be skipped."""
-    can = set(native._cpu().split()) >= native.NEEDED and shutil.which("g++") is not None
-    assert (native.library() is not None) == can
+    assert native.library() is not None
 
 
 def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):

@@ -89,6 +89,44 @@ def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, th
             assert (gradient[torch.arange(S) >= lengths] == 0).all()
 
 
+@pytest.mark.parametrize("T", [1, 9, 33])
+@pytest.mark.parametrize("offset", [-200.0, 200.0])
+def test_what_all_scores_of_a_query_have_in_common_does_not_matter(T, offset):
+    """Rows that fill up the last block have no such offset."""
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, n, 2, 32).bfloat16() / 4 for n in (T, 11, 11, T))
+    q[..., 0], k[..., 0] = offset / 8, 8
+    tensors = (q, k, v, torch.randn(1, 2, T, 11))
+    found = with_gradients(sequence.attention, tensors, None, d_out)
+    expected = with_gradients(by_formula, in_float64(*tensors), None, d_out.double())
+    expected.pop(2)
+    assert found.pop(2).isfinite().all()  # the keys': sums of large numbers that nearly cancel
+    assert_near(found, expected)
+
+
+def test_a_bias_without_gradient_and_tensors_in_any_layout():
+    torch.manual_seed(0)
+    q, k, v, d_out = (torch.randn(2, heads, n, 32).bfloat16() / 3 for heads, n in ((4, 9), (2, 13), (2, 13), (4, 9)))
+    q, k, v, d_out = (tensor.transpose(1, 2) for tensor in (q, k, v, d_out))
+    assert not q.is_contiguous()
+    bias = torch.randn(1, 4, 9, 13)
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    sequence.attention(*leaves, bias, None).backward(d_out)
+    expected = with_gradients(by_formula, in_float64(q, k, v, bias), None, d_out.double())
+    assert_near([leaf.grad for leaf in leaves], expected[1:4])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_operations_keep_torchs_rules(with_bias):
+    """What torch.compile and autograd rely on: strides and types of results as promised, nothing written elsewhere."""
+    q, k = torch.randn(2, 5, 4, 32).bfloat16().requires_grad_(), torch.randn(2, 7, 2, 32).bfloat16().requires_grad_()
+    bias = torch.randn(1, 1, 7).expand(4, 5, 7).requires_grad_() if with_bias else None
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(sequence._attention, (q, k, k.detach(), bias, torch.zeros(2, 7)), test_utils=checks)
+    x = torch.randn(3, 32).bfloat16().requires_grad_()
+    torch.library.opcheck(sequence._gated_gelu, (x, x.detach()), test_utils=checks)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 4, 1, 1), (1, 1, 9, 1), (1, 4, 9, 1), (1, 1, 9, 20), (1, 4, 1, 20), "transposed"]
 )
@@ -146,6 +184,14 @@ def test_gated_gelu_and_its_gradients_are_the_formula(rows, vectors, scale, seed
     for ours, reference in zip([out, *(f.grad for f in found)], [expected, *(e.grad for e in exact)], strict=True):
         # one rounding of the result, and float32's of what nearly cancels
         torch.testing.assert_close(ours.double(), reference, rtol=2**-8, atol=1e-5 * scale)
+
+
+def test_gated_gelu_far_from_zero_is_a_step():
+    x = torch.tensor([-1e12, 1e12] * 8).bfloat16().requires_grad_()
+    out = sequence.gated_gelu(x, torch.ones_like(x))
+    out.sum().backward()
+    assert torch.equal(out, x.clamp(min=0))
+    assert torch.equal(x.grad, (x > 0).to(x.dtype))
 
 
 def test_what_the_kernels_serve(monkeypatch):
