@@ -3,8 +3,8 @@
 // A unit of work is one key/value head of one sequence with the query heads that share it. Its queries are taken in
 // blocks, whose scores stay in the processor's caches; of them the forward pass keeps only two numbers per query, from
 // which the backward pass computes the weights again (Dao et al. 2022, FlashAttention, section 3.1).
-// Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on, which must have AVX-512 with
-// bfloat16.
+// Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on, which must have AVX-512
+// with bfloat16.
 //
 // A product multiplies words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time
 // with 16 of the right side that lie side by side. Rows of K elements are brought into one of these orders for it:
