@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gqa_exp.model import native, sequence
+from gqa_exp.model.sequence import Linear
 
 
 def grouped_attention(
@@ -89,10 +90,10 @@ class GroupedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.q = nn.Linear(d_model, num_heads * head_dim, bias=False)
-        self.k = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(num_heads * head_dim, d_model, bias=False)
+        self.q = Linear(d_model, num_heads * head_dim)
+        self.k = Linear(d_model, num_kv_heads * head_dim)
+        self.v = Linear(d_model, num_kv_heads * head_dim)
+        self.o = Linear(num_heads * head_dim, d_model)
         self.dropout = 0.0
 
     def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:

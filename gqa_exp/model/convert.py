@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gqa_exp.config import METHODS, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.model.attention import GroupedAttention
+from gqa_exp.model.sequence import Linear
 from gqa_exp.model.t5 import T5, DecoderLayer, initial_std
 
 SITES = ("self_attention", "cross_attention")
@@ -117,7 +118,7 @@ def expand_heads(model: T5) -> T5:
 
 def _replace(attention: GroupedAttention, name: str, weight: Tensor) -> None:
     """Put a projection of another size in the place of the given one."""
-    projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    projection = Linear(weight.shape[1], weight.shape[0], device="meta")
     projection.weight = nn.Parameter(weight, requires_grad=getattr(attention, name).weight.requires_grad)
     setattr(attention, name, projection)
 

@@ -25,9 +25,10 @@ SOURCES = {
     "decode_linear": ("-ffast-math",),
     "sequence_attention": (),
     "sequence_gelu": (),
+    "sequence_linear": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
-HEADERS = ("vectors",)
+HEADERS = ("products", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
@@ -150,6 +151,12 @@ def use_tiles(wanted: bool) -> bool:
 def is_built() -> bool:
     """Whether there are kernels on this host; torch.compile takes the answer for good."""
     return library() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_tiles() -> bool:
+    """Whether the processor has AMX, which torch's products use for bfloat16."""
+    return "amx_bf16" in _cpu().split()
 
 
 @functools.cache

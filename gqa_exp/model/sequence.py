@@ -17,13 +17,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from gqa_exp.model import native
 
-VECTOR = 16
+VECTOR, PANEL = 16, 32
 MOST_BYTES_OF_SHARES = 1 << 28
 """For sums of a bias's gradient that threads keep apart."""
+MOST_SUMS = 384 * 256
+"""Of a weight's gradient, that a thread computes at a time: about half of its second cache."""
 
 
 def serves(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
@@ -31,12 +34,18 @@ def serves(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and native.serves_attention(dtype, head_dim)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    """Of torch's operations; torch.compile, whose graph the question would break, takes the answer for good."""
+    return torch.get_num_threads()
+
+
 def serves_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> bool:
     """Whether the kernel computes this `attention`, and has a KV head for each thread."""
     B, _, H, K = q_BTHK.shape
     G = k_BSGK.shape[2]
     alike = q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype and k_BSGK.shape == v_BSGK.shape
-    fits = alike and (len(k_BSGK), k_BSGK.shape[3], H % G) == (B, K, 0) and torch.get_num_threads() <= B * G
+    fits = alike and (len(k_BSGK), k_BSGK.shape[3], H % G) == (B, K, 0) and _threads() <= B * G
     shared_bias = bias is None or (len(bias) == 1 and bias.dtype in (torch.float32, torch.bfloat16))
     key_mask = mask is None or (mask.shape[1:3] == (1, 1) and not mask.requires_grad)
     return fits and shared_bias and key_mask and serves(q_BTHK.dtype, q_BTHK.device, K)
@@ -149,7 +158,7 @@ def _call_attention(
     steps = (0, 0) if held[3] is None else held[3].stride()[:2]  # 0 where heads or queries share it
     sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*held, *results)]
-    kind = "float32" if bias is None else str(bias.dtype).removeprefix("torch.")
+    kind = "float32" if bias is None else _name(bias)
     if _kernel(f"{direction}_{K}_{kind}")((ctypes.c_void_p * len(pointers))(*pointers), sizes):
         raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
 
@@ -197,6 +206,120 @@ def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 _gated_gelu.register_autograd(
     lambda ctx, d_out: _gated_gelu_backward(*ctx.saved_tensors, d_out), setup_context=_keep_inputs
 )
+
+
+def serves_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel computes this `linear`: in training, where its gradients are what it is best at.
+
+    On processors with AMX torch's products use it, and the kernel does not.
+    """
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    numbers = (torch.float32, torch.bfloat16)
+    typed = x.dtype in numbers and weight.dtype in numbers if autocast else x.dtype == weight.dtype == torch.bfloat16
+    fits = not any(size % PANEL for size in weight.shape) and PANEL * _threads() <= max(weight.shape)
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return on_cpu and typed and fits and torch.is_grad_enabled() and native.is_built() and not native.has_tiles()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Product x W^T, (..., inputs) to (..., outputs); where the kernel serves, with gradients that are summed in float32.
+
+    Args:
+        x: (..., inputs).
+        weight: (outputs, inputs).
+
+    Raises:
+        MemoryError: no room to work in.
+    """
+    if not serves_linear(x, weight):
+        return F.linear(x, weight)
+    y: Tensor = _linear(x.to(torch.bfloat16), weight)
+    return y
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias, which trains by the kernel where that serves."""
+
+    def __init__(self, inputs: int, outputs: int, device: str | None = None) -> None:
+        super().__init__(inputs, outputs, bias=False, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return linear(x, self.weight)
+
+
+@torch.library.custom_op("gqa_exp::sequence_linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    y = _outputs_of_linear(x, weight)
+    _call_linear(f"linear_outputs_{_name(weight)}", weight, x, weight, _panels(weight), y)
+    return y
+
+
+@_linear.register_fake
+def _outputs_of_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("gqa_exp::sequence_linear_input_gradient", mutates_args=())
+def _linear_input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    d_x = _inputs_of_linear(d_y, weight)
+    _call_linear(f"linear_input_gradient_{_name(weight)}", weight, d_y, weight, _panels(weight), d_x)
+    return d_x
+
+
+@_linear_input_gradient.register_fake
+def _inputs_of_linear(d_y: Tensor, weight: Tensor) -> Tensor:
+    return d_y.new_empty((*d_y.shape[:-1], weight.shape[1]))
+
+
+@torch.library.custom_op("gqa_exp::sequence_linear_weight_gradient", mutates_args=())
+def _linear_weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
+    d_weight = _weight_of_linear(d_y, x)
+    _call_linear("linear_weight_gradient", d_weight, d_y, x, d_weight)
+    return d_weight
+
+
+@_linear_weight_gradient.register_fake
+def _weight_of_linear(d_y: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty((d_y.shape[-1], x.shape[-1]), dtype=torch.float32)
+
+
+def _keep_linear(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    d_x = _linear_input_gradient(d_y, weight) if ctx.needs_input_grad[0] else None
+    return d_x, _linear_weight_gradient(d_y, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+
+
+_linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """Room for the weight in the order that products read it in."""
+    return torch.empty(weight.shape, dtype=torch.bfloat16)
+
+
+def _call_linear(name: str, weight: Tensor, *tensors: Tensor) -> None:
+    """Call a kernel with tensors, of which the first has a row for each of the sizes' rows.
+
+    Raises:
+        MemoryError: no room to work in.
+    """
+    held = [tensor.contiguous() for tensor in tensors]
+    outputs, inputs = weight.shape
+    threads = torch.get_num_threads()
+    blocks = threads * max(1, round(weight.numel() / threads / MOST_SUMS))
+    rows = held[0].numel() // held[0].shape[-1]
+    sizes = (ctypes.c_long * 4)(rows, outputs, inputs, blocks)
+    if _kernel(name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in held), sizes):
+        raise MemoryError(f"no memory to lay out {rows} rows of {outputs} and {inputs} numbers")
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _call(name: str, *tensors: Tensor) -> None:

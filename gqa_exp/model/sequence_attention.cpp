@@ -6,8 +6,7 @@
 // Scores, softmax and sums are float32. Compiled by native.py for the processor it runs on, which must have AVX-512
 // with bfloat16.
 //
-// A product multiplies words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time
-// with 16 of the right side that lie side by side. Rows of K elements are brought into one of these orders for it:
+// For products (see products.h) rows of K elements are brought into one of these orders:
 //   gathered (rows, K / 2):     word (s, k) holds elements 2k and 2k + 1 of row s
 //   turned (K / 2, rows):       the same, transposed
 //   interleaved (rows / 2, K):  word (s, k) holds element k of rows 2s and 2s + 1
@@ -18,60 +17,28 @@
 #include <cstdint>
 #include <limits>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
-using Word = std::uint32_t;
-
 constexpr long kQueries = 32;  // of a block at most; 16 to 64 measured the same
 constexpr long kRows = 8;      // of a product's left side at a time
-constexpr long kColumns = 32;  // of its right side at a time, two vectors
 constexpr long kSkew = 16;     // words more per line of keys, or all lines would share a set of the first cache
-
-constexpr long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The bits of 16 bfloat16, each in a word.
-inline __m512i words_of(__m256i bits) { return _mm512_cvtepu16_epi32(bits); }
-inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-inline __m512i pairs_of(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
 
 // ---- products
 
-struct Left {
-  const Word* words;
-  long row, step;  // words from one row to the next, and from one word of a row to the next
-};
-
-// C = A B, or C += A B, for 8 rows and 32 columns; lines of B are `line` words apart, rows of C `row` numbers.
-template <bool Add>
-inline void product_tile(Left a, const Word* b, long line, long steps, float* c, long row) {
-  __m512 sums[kRows][2];
-#pragma GCC unroll 8
-  for (long i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (long j = 0; j < 2; ++j) sums[i][j] = Add ? _mm512_load_ps(c + i * row + 16 * j) : _mm512_setzero_ps();
-  for (long p = 0; p < steps; ++p) {
-    const auto left = (__m512bh)_mm512_load_si512(b + p * line), right = (__m512bh)_mm512_load_si512(b + p * line + 16);
-#pragma GCC unroll 8
-    for (long i = 0; i < kRows; ++i) {
-      const auto word = (__m512bh)_mm512_set1_epi32(static_cast<int>(a.words[i * a.row + p * a.step]));
-      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, word);
-      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], right, word);
-    }
-  }
-#pragma GCC unroll 8
-  for (long i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-    for (long j = 0; j < 2; ++j) _mm512_store_ps(c + i * row + 16 * j, sums[i][j]);
-}
-
-// The same for any multiple of 8 rows and of 32 columns.
+// C = A B, or C += A B, for any multiple of 8 rows and of 32 columns; lines of B are `line` words apart, rows of C `row`
+// numbers.
 template <bool Add>
 void product(Left a, const Word* b, long line, long steps, float* c, long row, long rows, long columns) {
   for (long j = 0; j < columns; j += kColumns)
-    for (long i = 0; i < rows; i += kRows)
-      product_tile<Add>({a.words + i * a.row, a.row, a.step}, b + j, line, steps, c + i * row + j, row);
+    for (long i = 0; i < rows; i += kRows) {
+      const auto store = [to = c + i * row + j, row](int r, int half, __m512 sum) {
+        float* at = to + r * row + 16 * half;
+        _mm512_store_ps(at, Add ? _mm512_add_ps(_mm512_load_ps(at), sum) : sum);
+      };
+      product_tile<kRows>({a.words + i * a.row, a.row, a.step}, b + j, line, steps, store, [](long) {});
+    }
 }
 
 // ---- rows of K elements, brought into order

@@ -23,6 +23,7 @@ from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.model import sequence
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
+from gqa_exp.model.sequence import Linear, linear
 
 RECOMPILE_LIMIT = 128
 """Compiled versions of a layer, or of a decode step, that a process may hold."""
@@ -177,12 +178,12 @@ class FeedForward(nn.Module):
         self.kind = kind
         self.names = ("wi_0", "wi_1") if kind.startswith(GATED) else ("wi",)
         for name in self.names:
-            setattr(self, name, nn.Linear(d_model, d_ff, bias=False))
-        self.wo = nn.Linear(d_ff, d_model, bias=False)
+            setattr(self, name, Linear(d_model, d_ff))
+        self.wo = Linear(d_ff, d_model)
         self.dropout = nn.Dropout(0.0)
 
     @property
-    def inner(self) -> list[nn.Linear]:
+    def inner(self) -> list[Linear]:
         """The projections that `activate` takes the results of."""
         return [getattr(self, name) for name in self.names]
 
@@ -309,7 +310,7 @@ class T5(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -375,7 +376,7 @@ class T5(nn.Module):
     def logits(self, decoded_BTD: Tensor) -> Tensor:
         """Decoder states (B, T, D) to logits (B, T, V)."""
         if self.lm_head is None:
-            return F.linear(decoded_BTD * self.config.d_model**-0.5, self.embedding.weight)
+            return linear(decoded_BTD * self.config.d_model**-0.5, self.embedding.weight)
         return self.lm_head(decoded_BTD)  # type: ignore[no-any-return]
 
     def shift_right(self, labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 
 A run is a few steps: forward, loss, backward and Adafactor. Each side takes part eagerly and compiled, and is compared
 by its faster form. Only the model differs, so the ratio says what the model is worth. A profiled step tells how much of
-ours is torch's matrix products, which both sides have alike: were all else free, the ratio would be `limit`.
+ours is matrix products with weights, whose number both sides have alike: were all else free, the ratio would be `limit`.
 """
 
 import argparse
@@ -35,8 +35,11 @@ from gqa_exp.timing.timer import interleave, median_interval
 from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
 
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm")
-"""Matrix products, as torch's profiler names them."""
+PRODUCTS = (
+    *("aten::mm", "aten::bmm", "aten::addmm"),
+    *(f"gqa_exp::sequence_linear{of}" for of in ("", "_input_gradient", "_weight_gradient")),
+)
+"""Matrix products, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
 SHAPES = {"pre-training": (56, 128, 29), "fine-tuning": (14, 256, 32)}
 """Windows or examples of a step, input tokens, target tokens: the mini base's own, and debian_synopsis's at 4096."""
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -187,7 +190,7 @@ def main() -> None:
         title=f"Training, {dtype}, {hardware_id()}",
         caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
         "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in "
-        "torch's matrix products, which both sides have alike; limit: the ratio if all else of ours took no time.",
+        "matrix products with weights; limit: the ratio if all else of ours took no time.",
     )
     forms = list(results[0]["tokens_per_second"])
     for heading in ("model", "steps of", *forms, "ours / transformers", "products", "limit"):

@@ -1,0 +1,231 @@
+// Linear layers over whole sequences, and their gradients, in bfloat16: for training.
+//
+// Compiled by native.py for the processor it runs on, which must have AVX-512 with bfloat16. Weights are float32, and
+// rounded here, or bfloat16; their gradients are float32. Numbers of inputs and outputs are multiples of 32.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+
+#include "products.h"
+
+namespace {
+
+constexpr int kRows = 14;               // of a product's left side at a time at most: 28 of 32 registers hold sums
+constexpr long kRowBytes = 128 * 1024;  // of rows that meet all weights before the next do: a part of the second cache
+constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do
+constexpr long kChunk = 192;            // rows whose products are summed before they are added to a weight's gradient
+constexpr long kSkew = 16;              // words more per line of a chunk, or all lines would share a set of the first cache
+
+template <typename Store, typename Meanwhile, int Rows = kRows>
+inline void some_rows(long rows, Left a, const Word* b, long line, long steps, Store store, Meanwhile meanwhile) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      product_tile<Rows>(a, b, line, steps, store, meanwhile);
+    else
+      some_rows<Store, Meanwhile, Rows - 1>(rows, a, b, line, steps, store, meanwhile);
+  }
+}
+
+// Calls work(first, rows) for parts of as equal size as can be, of kRows at most.
+template <typename Work>
+inline void in_parts(long rows, Work work) {
+  const long parts = (rows + kRows - 1) / kRows;
+  for (long part = 0; part < parts; ++part) {
+    const long first = rows * part / parts;
+    work(first, rows * (part + 1) / parts - first);
+  }
+}
+
+// ---- weights, laid out for products in panels of 32 columns, (columns / 32, pairs, 32)
+
+// 16 pairs of elements that follow each other, rounded.
+inline __m512i pairs_at(const BFloat16* p) { return _mm512_loadu_si512(p); }
+inline __m512i pairs_at(const float* p) { return (__m512i)_mm512_cvtne2ps_pbh(widen(p + 16), widen(p)); }
+// 16 elements, rounded, each in a word.
+inline __m512i words_at(const BFloat16* p) { return words_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline __m512i words_at(const float* p) { return words_of(rounded(widen(p))); }
+
+// Columns are outputs, pairs are of inputs. By all threads together.
+template <typename Weight>
+void lay_out_outputs(const Weight* weight, long outputs, long inputs, Word* panels) {
+  const long pairs = inputs / 2;
+#pragma omp for schedule(static)
+  for (long n = 0; n < outputs; n += 16)
+    for (long p = 0; p < pairs; p += 16) {
+      __m512i from[16], to[16];
+      for (long i = 0; i < 16; ++i) from[i] = pairs_at(weight + (n + i) * inputs + 2 * p);
+      turn(from, to);
+      Word* panel = panels + (n / kColumns * pairs + p) * kColumns + n % kColumns;
+      for (long i = 0; i < 16; ++i) _mm512_store_si512(panel + i * kColumns, to[i]);
+    }
+}
+
+// Columns are inputs, pairs are of outputs. By all threads together.
+template <typename Weight>
+void lay_out_inputs(const Weight* weight, long outputs, long inputs, Word* panels) {
+  const long pairs = outputs / 2;
+#pragma omp for schedule(static)
+  for (long p = 0; p < pairs; ++p) {
+    const Weight *low = weight + 2 * p * inputs, *high = low + inputs;
+    for (long k = 0; k < inputs; k += 16)
+      _mm512_store_si512(panels + (k / kColumns * pairs + p) * kColumns + k % kColumns,
+                         pairs_of(words_at(low + k), words_at(high + k)));
+  }
+}
+
+// Fetches memory while something else is computed, evenly over tiles and their steps.
+class Spread {
+ public:
+  Spread(const void* from, long bytes, long tiles, long steps)
+      : from_(static_cast<const char*>(from)), each_((bytes / kLine + tiles - 1) / tiles), scale_((each_ << 16) / steps) {}
+  // What to do at a tile's steps.
+  auto fetch(long tile) const {
+    return [from = from_ + tile * each_ * kLine, scale = scale_](long step) {
+      _mm_prefetch(from + (step * scale >> 16) * kLine, _MM_HINT_T1);
+    };
+  }
+
+ private:
+  const char* from_;
+  long each_, scale_;  // lines of a tile; 65536 times lines of a step
+};
+
+// Y = X W for rows of X, each thread some of them. By all threads together.
+//
+// Some panels at a time meet all rows, and some rows at a time all of these panels, so that both stay in the second cache.
+void multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
+  const long pairs = inner / 2, row_bytes = inner * static_cast<long>(sizeof(BFloat16));
+  const long block = std::max(1L, kRowBytes / row_bytes / kRows) * kRows;
+  const long group = std::max(1L, kPanelBytes / row_bytes / kColumns) * kColumns;
+  const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const long share = up((rows + threads - 1) / threads, kRows), end = std::min(rows, (thread + 1) * share);
+  for (long left_column = 0; left_column < columns; left_column += group)
+    for (long first = thread * share; first < end; first += block) {
+      const long last_column = std::min(columns, left_column + group), count = std::min(block, end - first);
+      const long tiles = (last_column - left_column) / kColumns * ((count + kRows - 1) / kRows);
+      const Spread ahead(x + (first + count) * inner, std::min(block, end - first - count) * row_bytes, tiles, pairs);
+      long tile = 0;
+      for (long j = left_column; j < last_column; j += kColumns)
+        in_parts(count, [&, j](long i, long count) {
+          const Word* left = reinterpret_cast<const Word*>(x + (first + i) * inner);
+          BFloat16* to = y + (first + i) * columns + j;
+          const auto store = [=](int row, int half, __m512 sums) { narrow(to + row * columns + 16 * half, sums); };
+          some_rows(count, {left, pairs, 1}, panels + j * pairs, kColumns, pairs, store, ahead.fetch(tile++));
+        });
+    }
+}
+
+// ---- gradients of weights
+
+// A block of columns of a matrix of some rows.
+struct Columns {
+  const BFloat16* x;
+  long row, first, count;  // elements from one row to the next; columns
+
+  const BFloat16* at(long s) const { return x + s * row + first; }
+  long lines() const { return up(count * static_cast<long>(sizeof(BFloat16)), kLine) / kLine; }
+  long words() const { return count + kSkew; }  // of a line of pairs
+  // Pairs of rows `start` to `end`, a missing last one taken as zeros.
+  void pair_up(long start, long end, Word* out) const {
+    for (long s = start; s < end; s += 2, out += words())
+      for (long k = 0; k < count; k += 16) {
+        const __m512i high = s + 1 < end ? words_at(at(s + 1) + k) : _mm512_setzero_si512();
+        _mm512_store_si512(out + k, pairs_of(words_at(at(s) + k), high));
+      }
+  }
+};
+
+// Fetches rows from memory while others are multiplied: at each call for a tile, one line of every second row, spread
+// over all tiles; what lies behind the last row is fetched in vain. Reading them when they are needed takes a quarter of
+// the time that all the products take.
+class Ahead {
+ public:
+  Ahead(Columns d, Columns x, long start, long tiles)
+      : d_(d), x_(x), start_(start), needed_(2 * (d.lines() + x.lines())), every_(std::max(1L, tiles / needed_)) {}
+  // For the next tile: where step 0 of it fetches, and the elements from there to where the next does.
+  void next(const BFloat16** from, long* row) {
+    const long part = tile_++ / every_, line = part / 2, each = kLine / sizeof(BFloat16);
+    const bool due = part < needed_ && (tile_ - 1) % every_ == 0, of_d = line < d_.lines();
+    const Columns& m = of_d ? d_ : x_;
+    *from = due ? m.at(start_ + part % 2) + (of_d ? line : line - d_.lines()) * each : d_.x;
+    *row = due ? 2 * m.row : 0;
+  }
+
+ private:
+  Columns d_, x_;
+  long start_, needed_, every_, tile_ = 0;
+};
+
+// Adds D^T X to sums, whose rows are `row` numbers apart. Returns whether there was memory for it.
+bool add_outer(Columns d, Columns x, long rows, float* sums, long row) {
+  Word* left = scratch<Word>(kChunk / 2 * (d.words() + x.words()));
+  if (!left) return false;
+  Word* right = left + kChunk / 2 * d.words();
+  const long tiles = (d.count + kRows - 1) / kRows * (x.count / kColumns);
+  for (long start = 0; start < rows; start += kChunk) {
+    const long end = std::min(rows, start + kChunk);
+    d.pair_up(start, end, left);
+    x.pair_up(start, end, right);
+    Ahead ahead(d, x, end, tiles);
+    for (long j = 0; j < x.count; j += kColumns)
+      in_parts(d.count, [&, j](long i, long count) {
+        const BFloat16* from;
+        long step;
+        ahead.next(&from, &step);
+        float* to = sums + i * row + j;
+        const auto store = [=](int r, int half, __m512 sum) {
+          float* at = to + r * row + 16 * half;
+          _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum));
+        };
+        some_rows(count, {left + i, 1, d.words()}, right + j, x.words(), (end - start + 1) / 2, store,
+                  [=](long p) { _mm_prefetch(reinterpret_cast<const char*>(from + p * step), _MM_HINT_T1); });
+      });
+  }
+  return true;
+}
+
+}  // namespace
+
+// Y = X W^T and dX = dY W; the weight W is (outputs, inputs), and `panels` room for as many bfloat16. Sizes: rows,
+// outputs, inputs. Both return 0.
+#define EXPORT(name, Weight)                                                                             \
+  extern "C" int linear_outputs_##name(const BFloat16* x, const Weight* weight, Word* panels, BFloat16* y, \
+                                       const long* n) {                                                  \
+    _Pragma("omp parallel") {                                                                            \
+      lay_out_outputs(weight, n[1], n[2], panels);                                                       \
+      multiply(x, panels, y, n[0], n[2], n[1]);                                                          \
+    }                                                                                                    \
+    return 0;                                                                                            \
+  }                                                                                                      \
+  extern "C" int linear_input_gradient_##name(const BFloat16* d_y, const Weight* weight, Word* panels,   \
+                                              BFloat16* d_x, const long* n) {                            \
+    _Pragma("omp parallel") {                                                                            \
+      lay_out_inputs(weight, n[1], n[2], panels);                                                        \
+      multiply(d_y, panels, d_x, n[0], n[1], n[2]);                                                      \
+    }                                                                                                    \
+    return 0;                                                                                            \
+  }
+EXPORT(float32, float)
+EXPORT(bfloat16, BFloat16)
+
+// dW = dY^T X, (outputs, inputs), in as many blocks, of the longer side, as asked. Returns whether memory was lacking.
+extern "C" int linear_weight_gradient(const BFloat16* d_y, const BFloat16* x, float* d_weight, const long* n) {
+  const long rows = n[0], outputs = n[1], inputs = n[2], blocks = n[3];
+  const bool by_outputs = outputs >= inputs;
+  const long unit = by_outputs ? 16 : kColumns, units = (by_outputs ? outputs : inputs) / unit;
+  bool enough = true;
+#pragma omp parallel for schedule(static)
+  for (long block = 0; block < blocks; ++block) {
+    const long first = units * block / blocks * unit, count = units * (block + 1) / blocks * unit - first;
+    const Columns d{d_y, outputs, by_outputs ? first : 0, by_outputs ? count : outputs};
+    const Columns of_x{x, inputs, by_outputs ? 0 : first, by_outputs ? inputs : count};
+    float* sums = d_weight + d.first * inputs + of_x.first;
+    for (long i = 0; i < d.count; ++i) std::fill(sums + i * inputs, sums + i * inputs + of_x.count, 0.0f);
+    if (!add_outer(d, of_x, rows, sums, inputs))
+#pragma omp atomic write
+      enough = false;
+  }
+  return !enough;
+}
