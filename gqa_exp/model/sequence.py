@@ -25,6 +25,8 @@ from gqa_exp.model import native
 VECTOR, PANEL = 16, 32
 MOST_BYTES_OF_SHARES = 1 << 28
 """For sums of a bias's gradient that threads keep apart."""
+LEAST_ROWS = 1024
+"""Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, whose calls cost less."""
 MOST_SUMS = 384 * 256
 """Of a weight's gradient, that a thread computes at a time: about half of its second cache."""
 
@@ -217,16 +219,16 @@ def serves_linear(x: Tensor, weight: Tensor) -> bool:
     numbers = (torch.float32, torch.bfloat16)
     typed = x.dtype in numbers and weight.dtype in numbers if autocast else x.dtype == weight.dtype == torch.bfloat16
     fits = not any(size % PANEL for size in weight.shape) and PANEL * _threads() <= max(weight.shape)
-    on_cpu = x.device.type == weight.device.type == "cpu"
-    return on_cpu and typed and fits and torch.is_grad_enabled() and native.is_built() and not native.has_tiles()
+    fits = fits and math.prod(x.shape[:-1]) >= LEAST_ROWS and x.device.type == weight.device.type == "cpu"
+    return typed and fits and torch.is_grad_enabled() and native.is_built() and not native.has_tiles()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x W^T, (..., inputs) to (..., outputs); where the kernel serves, with gradients that are summed in float32.
+    """Product x W^T, (..., inputs) to (..., outputs), by the kernel where it serves.
 
     Args:
         x: (..., inputs).
-        weight: (outputs, inputs).
+        weight: (outputs, inputs). The kernel rounds one in float32 to bfloat16, and gives its gradient in float32.
 
     Raises:
         MemoryError: no room to work in.
@@ -250,38 +252,35 @@ class Linear(nn.Linear):
 
 @torch.library.custom_op("gqa_exp::sequence_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    y = _outputs_of_linear(x, weight)
-    _call_linear(f"linear_outputs_{_name(weight)}", weight, x, weight, _panels(weight), y)
+    y = x.new_empty((*x.shape[:-1], len(weight)))
+    _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
     return y
 
 
 @_linear.register_fake
-def _outputs_of_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
-@torch.library.custom_op("gqa_exp::sequence_linear_input_gradient", mutates_args=())
-def _linear_input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
-    d_x = _inputs_of_linear(d_y, weight)
-    _call_linear(f"linear_input_gradient_{_name(weight)}", weight, d_y, weight, _panels(weight), d_x)
-    return d_x
+@torch.library.custom_op("gqa_exp::sequence_linear_backward", mutates_args=())
+def _linear_backward(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
+    d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
+    if with_x:
+        _call_linear(f"linear_input_gradient_{_name(weight)}", weight.shape, d_y, weight, _panels(weight), d_x)
+    if with_weight:
+        _call_linear("linear_weight_gradient", weight.shape, d_y, x, d_weight)
+    return gradients
 
 
-@_linear_input_gradient.register_fake
-def _inputs_of_linear(d_y: Tensor, weight: Tensor) -> Tensor:
-    return d_y.new_empty((*d_y.shape[:-1], weight.shape[1]))
+@_linear_backward.register_fake
+def _(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
+    return _gradients_of_linear(x, weight, with_x, with_weight)
 
 
-@torch.library.custom_op("gqa_exp::sequence_linear_weight_gradient", mutates_args=())
-def _linear_weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
-    d_weight = _weight_of_linear(d_y, x)
-    _call_linear("linear_weight_gradient", d_weight, d_y, x, d_weight)
-    return d_weight
-
-
-@_linear_weight_gradient.register_fake
-def _weight_of_linear(d_y: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty((d_y.shape[-1], x.shape[-1]), dtype=torch.float32)
+def _gradients_of_linear(x: Tensor, weight: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
+    d_x = _like(x) if with_x else x.new_empty(0)
+    return d_x, weight.new_empty(weight.shape if with_weight else 0, dtype=torch.float32)
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -289,9 +288,10 @@ def _keep_linear(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
 
 
 def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    with_x, with_weight = ctx.needs_input_grad
     x, weight = ctx.saved_tensors
-    d_x = _linear_input_gradient(d_y, weight) if ctx.needs_input_grad[0] else None
-    return d_x, _linear_weight_gradient(d_y, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+    d_x, d_weight = _linear_backward(x, weight, d_y, with_x, with_weight)
+    return d_x if with_x else None, d_weight.to(weight.dtype) if with_weight else None
 
 
 _linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
@@ -302,16 +302,16 @@ def _panels(weight: Tensor) -> Tensor:
     return torch.empty(weight.shape, dtype=torch.bfloat16)
 
 
-def _call_linear(name: str, weight: Tensor, *tensors: Tensor) -> None:
-    """Call a kernel with tensors, of which the first has a row for each of the sizes' rows.
+def _call_linear(name: str, weight: Sequence[int], *tensors: Tensor) -> None:
+    """Call a kernel for a weight of this shape; the first tensor has a row for each that it is to be applied to.
 
     Raises:
         MemoryError: no room to work in.
     """
     held = [tensor.contiguous() for tensor in tensors]
-    outputs, inputs = weight.shape
+    outputs, inputs = weight
     threads = torch.get_num_threads()
-    blocks = threads * max(1, round(weight.numel() / threads / MOST_SUMS))
+    blocks = threads * max(1, round(outputs * inputs / threads / MOST_SUMS))
     rows = held[0].numel() // held[0].shape[-1]
     sizes = (ctypes.c_long * 4)(rows, outputs, inputs, blocks)
     if _kernel(name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in held), sizes):

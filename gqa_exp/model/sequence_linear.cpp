@@ -12,11 +12,11 @@
 
 namespace {
 
-constexpr int kRows = 14;               // of a product's left side at a time at most: 28 of 32 registers hold sums
-constexpr long kRowBytes = 128 * 1024;  // of rows that meet all weights before the next do: a part of the second cache
-constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do
-constexpr long kChunk = 192;            // rows whose products are summed before they are added to a weight's gradient
-constexpr long kSkew = 16;              // words more per line of a chunk, or all lines would share a set of the first cache
+constexpr int kRows = 14;                 // of a product's left side at a time: 28 of 32 registers hold sums
+constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do, half of the second cache
+constexpr long kRowBytes = 128 * 1024;    // of rows that meet all of these before the next do
+constexpr long kChunk = 192;              // rows whose products are summed before a weight's gradient takes them up
+constexpr long kSkew = 16;                // words more per line of a chunk, or all would share a set of the first cache
 
 template <typename Store, typename Meanwhile, int Rows = kRows>
 inline void some_rows(long rows, Left a, const Word* b, long line, long steps, Store store, Meanwhile meanwhile) {
@@ -101,13 +101,13 @@ void multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, lon
   const long group = std::max(1L, kPanelBytes / row_bytes / kColumns) * kColumns;
   const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
   const long share = up((rows + threads - 1) / threads, kRows), end = std::min(rows, (thread + 1) * share);
-  for (long left_column = 0; left_column < columns; left_column += group)
+  for (long from_column = 0; from_column < columns; from_column += group)
     for (long first = thread * share; first < end; first += block) {
-      const long last_column = std::min(columns, left_column + group), count = std::min(block, end - first);
-      const long tiles = (last_column - left_column) / kColumns * ((count + kRows - 1) / kRows);
+      const long end_column = std::min(columns, from_column + group), count = std::min(block, end - first);
+      const long tiles = (end_column - from_column) / kColumns * ((count + kRows - 1) / kRows);
       const Spread ahead(x + (first + count) * inner, std::min(block, end - first - count) * row_bytes, tiles, pairs);
       long tile = 0;
-      for (long j = left_column; j < last_column; j += kColumns)
+      for (long j = from_column; j < end_column; j += kColumns)
         in_parts(count, [&, j](long i, long count) {
           const Word* left = reinterpret_cast<const Word*>(x + (first + i) * inner);
           BFloat16* to = y + (first + i) * columns + j;
@@ -126,13 +126,12 @@ struct Columns {
 
   const BFloat16* at(long s) const { return x + s * row + first; }
   long lines() const { return up(count * static_cast<long>(sizeof(BFloat16)), kLine) / kLine; }
-  long words() const { return count + kSkew; }  // of a line of pairs
-  // Pairs of rows `start` to `end`, a missing last one taken as zeros.
-  void pair_up(long start, long end, Word* out) const {
-    for (long s = start; s < end; s += 2, out += words())
-      for (long k = 0; k < count; k += 16) {
-        const __m512i high = s + 1 < end ? words_at(at(s + 1) + k) : _mm512_setzero_si512();
-        _mm512_store_si512(out + k, pairs_of(words_at(at(s) + k), high));
+  // Pairs of rows `start` to `end` of some columns, a missing last row taken as zeros; lines of pairs are `line` apart.
+  void pair_up(long start, long end, long from, long columns, Word* out, long line) const {
+    for (long s = start; s < end; s += 2, out += line)
+      for (long k = 0; k < columns; k += 16) {
+        const __m512i high = s + 1 < end ? words_at(at(s + 1) + from + k) : _mm512_setzero_si512();
+        _mm512_store_si512(out + k, pairs_of(words_at(at(s) + from + k), high));
       }
   }
 };
@@ -144,13 +143,16 @@ class Ahead {
  public:
   Ahead(Columns d, Columns x, long start, long tiles)
       : d_(d), x_(x), start_(start), needed_(2 * (d.lines() + x.lines())), every_(std::max(1L, tiles / needed_)) {}
-  // For the next tile: where step 0 of it fetches, and the elements from there to where the next does.
-  void next(const BFloat16** from, long* row) {
-    const long part = tile_++ / every_, line = part / 2, each = kLine / sizeof(BFloat16);
-    const bool due = part < needed_ && (tile_ - 1) % every_ == 0, of_d = line < d_.lines();
+  // What to do at the next tile's steps.
+  auto fetch() {
+    const long part = tile_ / every_, line = part / 2, each = kLine / sizeof(BFloat16);
+    const bool due = part < needed_ && tile_ % every_ == 0, of_d = line < d_.lines();
+    ++tile_;
     const Columns& m = of_d ? d_ : x_;
-    *from = due ? m.at(start_ + part % 2) + (of_d ? line : line - d_.lines()) * each : d_.x;
-    *row = due ? 2 * m.row : 0;
+    const BFloat16* from = due ? m.at(start_ + part % 2) + (of_d ? line : line - d_.lines()) * each : d_.x;
+    return [from, row = due ? 2 * m.row : 0](long step) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + step * row), _MM_HINT_T1);
+    };
   }
 
  private:
@@ -160,28 +162,25 @@ class Ahead {
 
 // Adds D^T X to sums, whose rows are `row` numbers apart. Returns whether there was memory for it.
 bool add_outer(Columns d, Columns x, long rows, float* sums, long row) {
-  Word* left = scratch<Word>(kChunk / 2 * (d.words() + x.words()));
+  const long line = d.count + kSkew;
+  Word* left = scratch<Word>(kChunk / 2 * (line + kColumns));
   if (!left) return false;
-  Word* right = left + kChunk / 2 * d.words();
+  Word* right = left + kChunk / 2 * line;  // of 32 columns only, so that it stays in the first cache
   const long tiles = (d.count + kRows - 1) / kRows * (x.count / kColumns);
   for (long start = 0; start < rows; start += kChunk) {
     const long end = std::min(rows, start + kChunk);
-    d.pair_up(start, end, left);
-    x.pair_up(start, end, right);
+    d.pair_up(start, end, 0, d.count, left, line);
     Ahead ahead(d, x, end, tiles);
-    for (long j = 0; j < x.count; j += kColumns)
-      in_parts(d.count, [&, j](long i, long count) {
-        const BFloat16* from;
-        long step;
-        ahead.next(&from, &step);
-        float* to = sums + i * row + j;
-        const auto store = [=](int r, int half, __m512 sum) {
+    for (long j = 0; j < x.count; j += kColumns) {
+      x.pair_up(start, end, j, kColumns, right, kColumns);
+      in_parts(d.count, [&](long i, long count) {
+        const auto store = [to = sums + i * row + j, row](int r, int half, __m512 sum) {
           float* at = to + r * row + 16 * half;
           _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), sum));
         };
-        some_rows(count, {left + i, 1, d.words()}, right + j, x.words(), (end - start + 1) / 2, store,
-                  [=](long p) { _mm_prefetch(reinterpret_cast<const char*>(from + p * step), _MM_HINT_T1); });
+        some_rows(count, {left + i, 1, line}, right, kColumns, (end - start + 1) / 2, store, ahead.fetch());
       });
+    }
   }
   return true;
 }
