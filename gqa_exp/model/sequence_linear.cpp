@@ -160,11 +160,12 @@ class Ahead {
   long start_, needed_, every_, tile_ = 0;
 };
 
-// Adds D^T X to sums, whose rows are `row` numbers apart. Returns whether there was memory for it.
-bool add_outer(Columns d, Columns x, long rows, float* sums, long row) {
+// Writes D^T X as sums, whose rows are `row` numbers apart. Returns whether there was memory for it.
+bool sum_outer(Columns d, Columns x, long rows, float* sums, long row) {
   const long line = d.count + kSkew;
   Word* left = scratch<Word>(kChunk / 2 * (line + kColumns));
   if (!left) return false;
+  for (long i = 0; i < d.count; ++i) std::fill(sums + i * row, sums + i * row + x.count, 0.0f);
   Word* right = left + kChunk / 2 * line;  // of 32 columns only, so that it stays in the first cache
   const long tiles = (d.count + kRows - 1) / kRows * (x.count / kColumns);
   for (long start = 0; start < rows; start += kChunk) {
@@ -221,8 +222,7 @@ extern "C" int linear_weight_gradient(const BFloat16* d_y, const BFloat16* x, fl
     const Columns d{d_y, outputs, by_outputs ? first : 0, by_outputs ? count : outputs};
     const Columns of_x{x, inputs, by_outputs ? 0 : first, by_outputs ? inputs : count};
     float* sums = d_weight + d.first * inputs + of_x.first;
-    for (long i = 0; i < d.count; ++i) std::fill(sums + i * inputs, sums + i * inputs + of_x.count, 0.0f);
-    if (!add_outer(d, of_x, rows, sums, inputs))
+    if (!sum_outer(d, of_x, rows, sums, inputs))
 #pragma omp atomic write
       enough = false;
   }
