@@ -199,6 +199,7 @@ def _build(compiler: str, path: Path) -> None:
         linked.replace(path)
 
 
+@functools.cache
 def _cpu() -> str:
     """Model and features of the processor; empty where Linux does not tell."""
     try:

@@ -25,8 +25,8 @@ from gqa_exp.model import native
 VECTOR, PANEL = 16, 32
 MOST_BYTES_OF_SHARES = 1 << 28
 """For sums of a bias's gradient that threads keep apart."""
-LEAST_ROWS = 1024
-"""Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, whose calls cost less."""
+LEAST_ROWS = 256
+"""Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, and its calls cost more."""
 MOST_SUMS = 384 * 256
 """Of a weight's gradient, that a thread computes at a time: about half of its second cache."""
 
