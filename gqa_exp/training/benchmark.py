@@ -31,6 +31,7 @@ from gqa_exp.timing.cli import read_model_config
 from gqa_exp.timing.compose import Sample
 from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
+from gqa_exp.timing.probe import matmul_flops
 from gqa_exp.timing.timer import interleave, median_interval
 from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
@@ -77,6 +78,20 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         self.loss().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+
+    def product_flops(self) -> int:
+        """FLOPs of a step's products with weights: 2 per weight and row forward, and twice as many for gradients."""
+        found = []
+
+        def count(layer: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+            assert isinstance(layer, nn.Linear)
+            found.append(6 * layer.weight.numel() * (inputs[0].numel() // inputs[0].shape[-1]))
+
+        hooks = [layer.register_forward_hook(count) for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        self.loss()
+        for hook in hooks:
+            hook.remove()
+        return sum(found)
 
     def product_seconds(self, steps: int = 3) -> float:
         """Seconds that matrix products take of a step, the median of a few."""
@@ -162,6 +177,7 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
         "best": best,
         "ratio": vars(ratio),
         "product_seconds": products,
+        "product_flops": contestants["ours eager"].product_flops(),
         "limit": float(np.median(seconds[best["transformers"]])) / products,
         "step_seconds": {name: each.tolist() for name, each in seconds.items()},
     }
@@ -185,26 +201,34 @@ def main() -> None:
     prepare(arguments.threads)
     results = []
     with timing_alone():
+        peak = matmul_flops("cpu", dtype)
         for model in arguments.models:
             results += [measure(model, shape, arguments, dtype) for shape in arguments.shapes]
+    large = f"{peak * 1e-9:,.0f}"
     table = Table(
         title=f"Training, {dtype}, {hardware_id()}",
         caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
         "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in "
-        "matrix products with weights; limit: the ratio if all else of ours took no time.",
+        f"products with weights, and their GFLOP/s, where torch's of large matrices ran at {large}; limit: the ratio "
+        "if all else of ours took no time.",
     )
     forms = list(results[0]["tokens_per_second"])
-    for heading in ("model", "steps of", *forms, "ours / transformers", "products", "limit"):
+    for heading in ("model", "steps of", *forms, "ours / transformers", "products", "GFLOP/s", "limit"):
         table.add_column(heading, justify="left" if heading in ("model", "steps of") else "right")
     for result in results:
         speeds, ratio = result["tokens_per_second"], result["ratio"]
         shown = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         ours = float(np.median(result["step_seconds"][result["best"]["ours"]]))
-        limits = f"{result['product_seconds'] / ours:.0%}", f"{result['limit']:.2f}"
+        rate = result["product_flops"] / result["product_seconds"] * 1e-9
+        limits = f"{result['product_seconds'] / ours:.0%}", f"{rate:,.0f}", f"{result['limit']:.2f}"
         table.add_row(result["model"], result["shape"], *(f"{speeds[form]:,.0f}" for form in forms), shown, *limits)
     out = Console()
     (out if out.is_terminal else Console(width=140)).print(table)
-    print(json.dumps({"settings": vars(arguments), "results": results, "environment": environment()}))
+    print(
+        json.dumps(
+            {"settings": vars(arguments), "results": results, "matmul_flops": peak, "environment": environment()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from gqa_exp.model import T5Config
+from gqa_exp.timing.cli import read_model_config
 from gqa_exp.training import benchmark
 
 
@@ -10,7 +12,7 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(benchmark, "SHAPES", {"fine-tuning": (2, 9, 5)})
     monkeypatch.setattr(benchmark, "can_compile", lambda accelerator: False)
     words = ["--models", "micro", "--shapes", "fine-tuning", "--dtype=float32", "--steps=2", "--rounds=2"]
-    losses = []
+    losses, flops = [], []
     real = benchmark.measure
 
     def measure(*arguments):
@@ -21,6 +23,7 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     def spy(*arguments):
         found = real_trainees(*arguments)
+        flops.append({name: trainee.product_flops() for name, trainee in found.items()})
         before = {name: trainee.loss().item() for name, trainee in found.items()}
         for trainee in found.values():
             trainee.step()
@@ -34,11 +37,18 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert before["ours eager"] == pytest.approx(before["transformers eager"], rel=1e-5)
     assert after["ours eager"] == pytest.approx(after["transformers eager"], rel=1e-3)
     assert after["ours eager"] < before["ours eager"]
+    assert flops[0]["ours eager"] == flops[0]["transformers eager"]
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     (result,) = line["results"]
     assert set(result["tokens_per_second"]) == {"ours eager", "transformers eager"}
     seconds = {name: sorted(each) for name, each in result["step_seconds"].items()}
     assert result["tokens_per_second"]["ours eager"] == pytest.approx(2 * 14 * 2 / sum(seconds["ours eager"]))
     assert 0 < result["product_seconds"] < seconds["ours eager"][-1]
+    micro = T5Config.from_model_config(read_model_config("micro"))
+    D, F, heads = micro.d_model, micro.d_ff, micro.num_heads * micro.head_dim
+    encoder = micro.num_encoder_layers * (4 * D * heads + 3 * D * F) + micro.num_decoder_layers * 2 * D * heads
+    decoder = micro.num_decoder_layers * (6 * D * heads + 3 * D * F) + micro.vocab_size * D
+    assert result["product_flops"] == flops[0]["ours eager"] == 6 * 2 * (9 * encoder + 5 * decoder)
+    assert line["matmul_flops"] > 0
     theirs = sum(seconds["transformers eager"]) / 2
     assert result["limit"] == pytest.approx(theirs / result["product_seconds"])
