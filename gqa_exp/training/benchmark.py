@@ -201,9 +201,9 @@ def main() -> None:
     prepare(arguments.threads)
     results = []
     with timing_alone():
-        peak = matmul_flops("cpu", dtype)
         for model in arguments.models:
             results += [measure(model, shape, arguments, dtype) for shape in arguments.shapes]
+        peak = matmul_flops("cpu", dtype)
     large = f"{peak * 1e-9:,.0f}"
     table = Table(
         title=f"Training, {dtype}, {hardware_id()}",
