@@ -42,8 +42,9 @@ PRODUCTS = (
     "GeneratedBackwardFor_gqa_exp_sequence_linear_default",  # the first of these, where torch.compile has not seen it
 )
 """Matrix products, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
-SHAPES = {"pre-training": (56, 128, 29), "fine-tuning": (14, 256, 32)}
-"""Windows or examples of a step, input tokens, target tokens: the mini base's own, and debian_synopsis's at 4096."""
+SHAPES = {"pre-training": (56, 128, 29), "windows of 512": (14, 512, 114), "fine-tuning": (14, 256, 32)}
+"""Windows or examples of a step, input tokens, target tokens: the mini base's own; T5's, as of conf/corpus/c4.yaml, as
+many tokens; and debian_synopsis's at 4096."""
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
