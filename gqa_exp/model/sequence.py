@@ -1,12 +1,15 @@
-"""Attention and gated GELU of whole sequences on a CPU, with gradients, by the kernels that `native.py` builds.
+"""Attention, gated GELU and linear layers of whole sequences on a CPU, with gradients, by the kernels of `native.py`.
 
-For bfloat16, in training and in the encoder. Against torch's own operations, compiled, on 2 cores with AVX-512 (ms):
+For bfloat16: the first two in training and in the encoder, linear layers in training, where the gradients are most of the
+work. Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers not in any cache):
 
     what                                                        torch  kernel
     attention, (56, 128, 8, 32), forward / backward         6.2 / 9.6   2.1 / 4.6
     attention, (14, 256, 8, 32), forward / backward         8.0 / 8.3   1.8 / 4.0
     attention, (8, 1024, 8, 32), forward alone                     67          28
     gated GELU, 7168 x 768, forward / backward              1.4 / 2.3   0.6 / 0.9
+    linear, 7168 x 256 to 768, forward / backward           3.0 / 7.1   2.8 / 5.9
+    linear, 7168 x 256 to 256, forward / backward           1.0 / 2.4   0.9 / 2.0
 
 Attention keeps two numbers per query rather than weights for the backward pass, and reads bias and mask apart.
 """
