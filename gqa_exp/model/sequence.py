@@ -1,7 +1,7 @@
 """Attention, gated GELU and linear layers of whole sequences on a CPU, with gradients, by the kernels of `native.py`.
 
-For bfloat16: the first two in training and in the encoder, linear layers in training, where the gradients are most of the
-work. Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers not in any cache):
+For bfloat16: the first two in training and in the encoder, linear layers in training, whose work is mostly gradients.
+Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers that are in no cache):
 
     what                                                        torch  kernel
     attention, (56, 128, 8, 32), forward / backward         6.2 / 9.6   2.1 / 4.6
