@@ -156,7 +156,7 @@ def is_built() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_tiles() -> bool:
     """Whether the processor has AMX, which torch's products use for bfloat16."""
-    return "amx_bf16" in _cpu().split()
+    return " amx_bf16 " in f"{_cpu()} "
 
 
 @functools.cache

@@ -214,16 +214,18 @@ _gated_gelu.register_autograd(
 
 
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel computes this `linear`: in training, where its gradients are what it is best at.
+    """Whether the kernel computes this `linear`: in training, with a block of a weight's gradient for each thread.
 
-    On processors with AMX torch's products use it, and the kernel does not.
+    On processors with AMX torch's products use it, and the kernel does not serve.
     """
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    if not (on_cpu and torch.is_grad_enabled() and native.is_built()) or native.has_tiles():
+        return False  # before sizes are looked at, on which a compiled graph would then depend
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     numbers = (torch.float32, torch.bfloat16)
     typed = x.dtype in numbers and weight.dtype in numbers if autocast else x.dtype == weight.dtype == torch.bfloat16
-    fits = not any(size % PANEL for size in weight.shape) and PANEL * _threads() <= max(weight.shape)
-    fits = fits and math.prod(x.shape[:-1]) >= LEAST_ROWS and x.device.type == weight.device.type == "cpu"
-    return typed and fits and torch.is_grad_enabled() and native.is_built() and not native.has_tiles()
+    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and not any(size % PANEL for size in weight.shape)
+    return typed and fits and PANEL * _threads() <= max(weight.shape) and math.prod(x.shape[:-1]) >= LEAST_ROWS
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -269,6 +271,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 def _linear_backward(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
     d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
+    d_y = d_y.contiguous()
     if with_x:
         _call_linear(f"linear_input_gradient_{_name(weight)}", weight.shape, d_y, weight, _panels(weight), d_x)
     if with_weight:
@@ -302,7 +305,7 @@ _linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
 
 def _panels(weight: Tensor) -> Tensor:
     """Room for the weight in the order that products read it in."""
-    return torch.empty(weight.shape, dtype=torch.bfloat16)
+    return weight.new_empty(weight.shape, dtype=torch.bfloat16)
 
 
 def _call_linear(name: str, weight: Sequence[int], *tensors: Tensor) -> None:

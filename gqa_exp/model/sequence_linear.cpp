@@ -103,12 +103,12 @@ void multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, lon
   const long share = up((rows + threads - 1) / threads, kRows), end = std::min(rows, (thread + 1) * share);
   for (long from_column = 0; from_column < columns; from_column += group)
     for (long first = thread * share; first < end; first += block) {
-      const long end_column = std::min(columns, from_column + group), count = std::min(block, end - first);
-      const long tiles = (end_column - from_column) / kColumns * ((count + kRows - 1) / kRows);
-      const Spread ahead(x + (first + count) * inner, std::min(block, end - first - count) * row_bytes, tiles, pairs);
+      const long end_column = std::min(columns, from_column + group), taken = std::min(block, end - first);
+      const long tiles = (end_column - from_column) / kColumns * ((taken + kRows - 1) / kRows);
+      const Spread ahead(x + (first + taken) * inner, std::min(block, end - first - taken) * row_bytes, tiles, pairs);
       long tile = 0;
       for (long j = from_column; j < end_column; j += kColumns)
-        in_parts(count, [&, j](long i, long count) {
+        in_parts(taken, [&, j](long i, long count) {
           const Word* left = reinterpret_cast<const Word*>(x + (first + i) * inner);
           BFloat16* to = y + (first + i) * columns + j;
           const auto store = [=](int row, int half, __m512 sums) { narrow(to + row * columns + 16 * half, sums); };
@@ -188,8 +188,8 @@ bool sum_outer(Columns d, Columns x, long rows, float* sums, long row) {
 
 }  // namespace
 
-// Y = X W^T and dX = dY W; the weight W is (outputs, inputs), and `panels` room for as many bfloat16. Sizes: rows,
-// outputs, inputs. Both return 0.
+// Y = X W^T and dX = dY W; the weight W is (outputs, inputs), and `panels` room for as many bfloat16, at the
+// start of a cache line. Sizes: rows, outputs, inputs. Both return 0.
 #define EXPORT(name, Weight)                                                                             \
   extern "C" int linear_outputs_##name(const BFloat16* x, const Weight* weight, Word* panels, BFloat16* y, \
                                        const long* n) {                                                  \

@@ -37,11 +37,11 @@ from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
 
 PRODUCTS = (
-    *("aten::mm", "aten::bmm", "aten::addmm"),
+    *("aten::mm", "aten::addmm"),
     *("gqa_exp::sequence_linear", "gqa_exp::sequence_linear_backward"),
-    "GeneratedBackwardFor_gqa_exp_sequence_linear_default",  # the first of these, where torch.compile has not seen it
+    "GeneratedBackwardFor_gqa_exp_sequence_linear_default",  # what autograd calls the forward one, in spite of the name
 )
-"""Matrix products, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
+"""Products with weights, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
 SHAPES = {"pre-training": (56, 128, 29), "windows of 512": (14, 512, 114), "fine-tuning": (14, 256, 32)}
 """Windows or examples of a step, input tokens, target tokens: the mini base's own; T5's, as of conf/corpus/c4.yaml, as
 many tokens; and debian_synopsis's at 4096."""
@@ -95,7 +95,7 @@ class Trainee:
         return sum(found)
 
     def product_seconds(self, steps: int = 3) -> float:
-        """Seconds that matrix products take of a step, the median of a few."""
+        """Seconds that products with weights take of a step, the median of a few."""
         found = []
         for _ in range(steps):
             with profile(activities=[ProfilerActivity.CPU]) as profiled:

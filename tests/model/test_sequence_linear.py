@@ -12,13 +12,7 @@ from gqa_exp.model import T5, T5Config, native, sequence
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
 CONFIG = T5Config(64, 64, 96, 4, 32, 1, 1, 2)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+KERNELS = {"linear_outputs_float32", "linear_input_gradient_float32", "linear_weight_gradient"}
 
 
 @pytest.fixture
@@ -86,6 +80,21 @@ def test_tensors_in_any_layout_and_no_rows_at_all():
     assert_is_the_formula(torch.empty(0, 64).bfloat16(), torch.randn(96, 64), torch.empty(0, 96).bfloat16())
 
 
+def test_a_gradient_that_is_one_number_seen_many_times():
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 32).bfloat16(), torch.randn(64, 32)
+    assert_is_the_formula(x, weight, torch.tensor(0.5).bfloat16().expand(50, 64))
+
+
+@pytest.mark.usefixtures("serving")
+def test_shapes_that_do_not_fit_are_refused_as_torch_does():
+    x = torch.randn(300, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for weight in (torch.randn(96, 32), torch.randn(96, 96), torch.randn(2, 96, 64)):
+            with pytest.raises(RuntimeError):
+                sequence.linear(x, weight)
+
+
 @pytest.mark.parametrize("of", ["x", "weight"])
 def test_only_the_gradient_that_is_needed(of):
     torch.manual_seed(0)
@@ -143,6 +152,7 @@ def test_what_the_kernel_serves(monkeypatch):
         assert not sequence.serves_linear(x.double(), weight)
         assert not sequence.serves_linear(x[:, :127], weight)  # too few rows
         assert not sequence.serves_linear(x, weight[:95])
+        assert not sequence.serves_linear(x.to("meta"), weight.to("meta"))
         assert not sequence.serves_linear(x[..., :63], weight[:, :63])
         with torch.no_grad():
             assert not sequence.serves_linear(x, weight)
@@ -194,7 +204,7 @@ def test_every_linear_layer_trains_by_it(calls, tied):
     train(model, ids, ids)
     linear = [name for name in calls if name.startswith("linear")]
     weights = 7 + 11 + 1  # encoder layer, decoder layer, output
-    for name in ("linear_outputs_float32", "linear_input_gradient_float32", "linear_weight_gradient"):
+    for name in KERNELS:
         assert linear.count(name) == weights
     assert len(linear) == 3 * weights
     calls.clear()
@@ -205,23 +215,27 @@ def test_every_linear_layer_trains_by_it(calls, tied):
 
 
 @pytest.mark.usefixtures("serving")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_training_by_it_follows_training_without(monkeypatch, compiled):
+@pytest.mark.parametrize(("compiled", "checkpointing"), [(False, False), (True, False), (False, True)])
+def test_training_by_it_follows_training_without(calls, monkeypatch, compiled, checkpointing):
     torch.manual_seed(0)
     model = T5(CONFIG).train()
     ids = torch.randint(3, 60, (3, 21))
     with monkeypatch.context() as patch:
         patch.setattr(native, "has_tiles", lambda: True)
         expected = train(model, ids, ids)
+    assert not [name for name in calls if name.startswith("linear")]
     if compiled:
         model.compile_layers()
-    for name, gradient in train(model, ids, ids).items():
+    model.set_checkpointing(checkpointing)
+    found = train(model, ids, ids)
+    assert set(calls) >= KERNELS
+    for name, gradient in found.items():
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.995, name
         assert 0.9 < gradient.norm() / expected[name].norm() < 1.1, name
 
 
 @pytest.mark.usefixtures("serving")
-def test_layers_compile_to_one_graph_each():
+def test_layers_compile_to_one_graph_each(calls):
     """Each break of it costs a call of Python, and keeps what stands on both sides from being fused."""
     model = T5(CONFIG).train()
     x = torch.randn(2, 9, 64, requires_grad=True)
@@ -229,3 +243,17 @@ def test_layers_compile_to_one_graph_each():
     with torch.autocast("cpu", torch.bfloat16):
         torch.compile(model.encoder.layers[0], fullgraph=True)(x, bias, None).sum().backward()
         torch.compile(model.decoder.layers[0], fullgraph=True)(x, bias, x, None).sum().backward()
+    assert set(calls) >= KERNELS
+
+
+def test_compiled_layers_change_over_with_the_number_of_rows(calls, monkeypatch):
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    layer = sequence.Linear(64, 96)
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (300, 320, 200, 256):
+            x = torch.randn(rows, 64)
+            calls.clear()
+            y = compiled(x)
+            assert calls == (["linear_outputs_float32"] if rows >= 256 else [])
+            torch.testing.assert_close(y, F.linear(x, layer.weight), rtol=2**-7, atol=1e-3)
