@@ -1,7 +1,7 @@
 // Products of bfloat16 matrices, summed in float32, for the kernels of whole sequences.
 //
-// They multiply words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time with 16 of
-// the right side that lie side by side.
+// They multiply words, which are pairs of bfloat16 along the summed axis: one word of the left side at a time with 16
+// of the right side that lie side by side.
 
 #pragma once
 
@@ -17,6 +17,7 @@ namespace {
 using Word = std::uint32_t;
 
 constexpr long kColumns = 32;  // of a product's right side at a time, two vectors
+constexpr long kSkew = 16;     // words more per line of what is read in columns, or all share a set of the cache
 
 constexpr long up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -289,10 +289,6 @@ def _gradients_of_linear(x: Tensor, weight: Tensor, with_x: bool, with_weight: b
     return d_x, weight.new_empty(weight.shape if with_weight else 0, dtype=torch.float32)
 
 
-def _keep_linear(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     with_x, with_weight = ctx.needs_input_grad
     x, weight = ctx.saved_tensors
@@ -300,7 +296,7 @@ def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | No
     return d_x if with_x else None, d_weight.to(weight.dtype) if with_weight else None
 
 
-_linear.register_autograd(_linear_gradients, setup_context=_keep_linear)
+_linear.register_autograd(_linear_gradients, setup_context=_keep_inputs)
 
 
 def _panels(weight: Tensor) -> Tensor:

@@ -23,12 +23,11 @@ namespace {
 
 constexpr long kQueries = 32;  // of a block at most; 16 to 64 measured the same
 constexpr long kRows = 8;      // of a product's left side at a time
-constexpr long kSkew = 16;     // words more per line of keys, or all lines would share a set of the first cache
 
 // ---- products
 
-// C = A B, or C += A B, for any multiple of 8 rows and of 32 columns; lines of B are `line` words apart, rows of C `row`
-// numbers.
+// C = A B, or C += A B, for any multiple of 8 rows and of 32 columns; lines of B are `line` words apart, rows of C
+// `row` numbers.
 template <bool Add>
 void product(Left a, const Word* b, long line, long steps, float* c, long row, long rows, long columns) {
   for (long j = 0; j < columns; j += kColumns)

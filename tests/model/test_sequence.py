@@ -245,14 +245,6 @@ def gradients_of(model, batch, dtype):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the kernels called."""
-    made, kernel = [], sequence._kernel
-    monkeypatch.setattr(sequence, "_kernel", lambda name: made.append(name) or kernel(name))
-    return made
-
-
 def test_the_model_uses_them(calls, batch):
     model = T5(T5Config(64, 64, 96, 4, 32, 2, 1, 2)).train()
     gradients_of(model, batch, torch.bfloat16)

@@ -178,14 +178,6 @@ def test_has_tiles_is_what_the_processor_says(monkeypatch):
         assert native.has_tiles() is expected
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the kernels called."""
-    made, kernel = [], sequence._kernel
-    monkeypatch.setattr(sequence, "_kernel", lambda name: made.append(name) or kernel(name))
-    return made
-
-
 def train(model, input_ids, labels):
     """The gradients of a step, by parameter."""
     model.zero_grad()
