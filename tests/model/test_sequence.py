@@ -14,8 +14,7 @@ from gqa_exp.model.t5 import activate, additive_mask
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
 ROUNDING = 0.02
-"""Relative error, in the norm, of a few bfloat16 roundings, 2^-9 each: mostly 3e-3, but gradients of a single query
-over few keys are differences that nearly cancel."""
+"""Relative error, in the norm, of a few bfloat16 roundings, 2^-9 each: mostly 3e-3."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +44,10 @@ def in_float64(*tensors):
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
 
-def assert_near(found, expected):
+def assert_near(found, expected, tolerance=ROUNDING):
     for ours, exact in zip(found, expected, strict=True):
         assert ours.shape == exact.shape
-        assert (ours.double() - exact).norm() <= ROUNDING * exact.norm() + 1e-6
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm() + 1e-6
 
 
 @st.composite
@@ -82,10 +81,14 @@ def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, th
     mask = additive_mask((torch.arange(S) < lengths).long(), torch.float32) if padded else None
     tensors = (q, k, v, bias)
     found = with_gradients(sequence.attention, tensors, mask, d_out)
+    d_k, d_v = found[2:4]
     expected = with_gradients(by_formula, in_float64(*tensors), *in_float64(mask, d_out))
-    assert_near(found, expected)
+    assert_near([found.pop(3), found.pop(0)], [expected.pop(3), expected.pop(0)])  # of v, and the output
+    # Scores' gradients are differences from their mean, which comes from the rounded output: of a single query over few
+    # keys they nearly cancel. In 3000 draws each of one query the worst were 0.19 with 8 keys, 0.07 with 16, 0.03 with 32.
+    assert_near(found, expected, ROUNDING + 2 / S)
     if padded:  # keys that are not attended to
-        for gradient in found[2:4]:
+        for gradient in (d_k, d_v):
             assert (gradient[torch.arange(S) >= lengths] == 0).all()
 
 
