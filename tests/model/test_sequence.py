@@ -85,7 +85,7 @@ def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, th
     expected = with_gradients(by_formula, in_float64(*tensors), *in_float64(mask, d_out))
     assert_near([found.pop(3), found.pop(0)], [expected.pop(3), expected.pop(0)])  # of v, and the output
     # Scores' gradients are differences from their mean, which comes from the rounded output: of a single query over few
-    # keys they nearly cancel. In 3000 draws each of one query the worst were 0.19 with 8 keys, 0.07 with 16, 0.03 with 32.
+    # keys they nearly cancel. The worst of 3000 draws of one query: 0.19 with 8 keys, 0.07 with 16, 0.03 with 32.
     assert_near(found, expected, ROUNDING + 2 / S)
     if padded:  # keys that are not attended to
         for gradient in (d_k, d_v):
