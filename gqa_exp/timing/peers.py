@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--source-length", type=int, default=512)
     parser.add_argument("--output-length", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="|".join(DTYPES))
+    formats = [dtype for dtype in ("float32", "bfloat16") if supports_dtype(dtype, "cpu")]
+    parser.add_argument("--dtypes", nargs="+", default=formats, metavar="|".join(DTYPES))
     parser.add_argument("--ctranslate2", nargs="*", metavar="TYPE", help="compute types (default: all of this CPU)")
     parser.add_argument("--no-ctranslate2", action="store_true", help="leave CTranslate2 out")
     parser.add_argument("--t5gqa-python", metavar="PYTHON", help="interpreter of an environment with T5GQA")
@@ -223,8 +224,8 @@ def main() -> None:
     if arguments.output_length < 2:
         raise InputError("--output-length must be 2 or more: decoding is the time of further tokens")
     for dtype in arguments.dtypes:
-        if dtype not in DTYPES or not supports_dtype(dtype, "cpu"):
-            raise InputError(f"--dtypes {dtype} does not run on this CPU; use {', '.join(DTYPES)} as it supports")
+        if dtype not in (supported := [dtype for dtype in DTYPES if supports_dtype(dtype, "cpu")]):
+            raise InputError(f"--dtypes {dtype} does not run on this CPU; use {' or '.join(supported)}")
     prepare(arguments.threads)
     geometry = T5Config.from_model_config(read_model_config(arguments.model))
     generator = torch.Generator().manual_seed(arguments.seed)
