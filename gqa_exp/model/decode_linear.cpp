@@ -67,16 +67,6 @@ struct Call {
   }
 };
 
-// This thread's share of `count` equal pieces of work.
-struct Share {
-  long begin, end;
-  explicit Share(long count) {
-    const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    begin = count * thread / threads;
-    end = count * (thread + 1) / threads;
-  }
-};
-
 // ---- with vectors: eight rows a pass; more rows meet the weights in the processor's cache, and its arithmetic is the
 // limit. A unit is four bytes of inputs: one float32, or a pair of bfloat16.
 

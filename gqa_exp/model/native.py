@@ -1,7 +1,8 @@
 """Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
-They are compiled once per host, in a few seconds, when first asked for. Where the CPU lacks the instructions (AVX-512
-with bfloat16) or there is no compiler, torch's operations serve. `sequence.py` calls those for whole sequences.
+They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all of them,
+one with AVX2 alone those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
+serve. `sequence.py` calls those for whole sequences.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCES = {
+WITH_BFLOAT16 = {
     "decode_attention": ("-ffast-math",),
     "decode_linear": ("-ffast-math",),
     "sequence_attention": (),
@@ -28,11 +29,14 @@ SOURCES = {
     "sequence_linear": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
-HEADERS = ("products", "vectors")
+FLOAT32_ALONE = {"decode_float32": ("-ffast-math",)}
+"""The same for a CPU without bfloat16."""
+HEADERS = ("memory", "products", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""
-NEEDED = {"avx512f", "avx512_bf16"}
+NEEDED = (({"avx512f", "avx512_bf16"}, WITH_BFLOAT16), ({"avx2", "fma"}, FLOAT32_ALONE))
+"""Features of the CPU and the kernels for them; the first that it has all of count."""
 HEAD_DIMS = (32, 64, 128)
 OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 """Outputs computed at a time, and the tiles that bfloat16 weights are packed in, as `decode_linear.cpp` reads them."""
@@ -40,7 +44,7 @@ OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 
 def serves_attention(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel is there for such a cache."""
-    return dtype in (torch.float32, torch.bfloat16) and head_dim in HEAD_DIMS and is_built()
+    return head_dim in HEAD_DIMS and (has_bfloat16() if dtype == torch.bfloat16 else dtype == torch.float32 and is_built())
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +82,7 @@ def pack(weight: Tensor, gated: bool = False) -> Tensor | None:
         weight = weight.view(2, -1, OUTPUTS // 2, inputs).transpose(0, 1).reshape(outputs, inputs)
     if weight.dtype == torch.float32 and inputs % 16 == 0:
         return weight.view(-1, OUTPUTS, inputs).transpose(1, 2).contiguous()
-    if weight.dtype == torch.bfloat16 and inputs % TILE_INPUTS == 0:
+    if weight.dtype == torch.bfloat16 and inputs % TILE_INPUTS == 0 and has_bfloat16():
         tiles = weight.view(outputs // TILE_OUTPUTS, TILE_OUTPUTS, inputs // TILE_INPUTS, TILE_INPUTS // 2, 2)
         return tiles.permute(0, 2, 3, 1, 4).contiguous()
     return None
@@ -144,13 +148,19 @@ def _linear(dtype: torch.dtype) -> Callable[..., int]:
 def use_tiles(wanted: bool) -> bool:
     """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first."""
     found = library()
-    return found is not None and bool(found.use_tiles(wanted))
+    return found is not None and has_bfloat16() and bool(found.use_tiles(wanted))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_built() -> bool:
     """Whether there are kernels on this host; torch.compile takes the answer for good."""
     return library() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_bfloat16() -> bool:
+    """Whether those for bfloat16 are among them, and so those for whole sequences."""
+    return library() is not None and _sources() is WITH_BFLOAT16
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -162,37 +172,43 @@ def has_tiles() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where this host cannot have any."""
-    cpu = _cpu()
+    sources = _sources()
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or not set(cpu.split()) >= NEEDED:
+    if compiler is None or not sources:
         return None
-    files = (*map(_source, SOURCES), *(_source(name, ".h") for name in HEADERS))
-    facts = [*(file.read_bytes() for file in files), repr((compiler, SOURCES, COMPILE, LINK, cpu)).encode()]
+    files = (*map(_source, sources), *(_source(name, ".h") for name in HEADERS))
+    facts = [*(file.read_bytes() for file in files), repr((compiler, sources, COMPILE, LINK, _cpu())).encode()]
     key = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gqa_exp" / f"kernels-{key}.so"
     try:
         if not path.exists():
-            _build(compiler, path)
+            _build(compiler, sources, path)
         built = ctypes.CDLL(str(path))  # its OpenMP is torch's: both ask for libgomp.so.1, which is loaded already
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("no compiled kernels (%s); torch's operations serve", error)
         return None
-    built.use_tiles(True)
+    if sources is WITH_BFLOAT16:
+        built.use_tiles(True)
     return built
+
+
+def _sources() -> dict[str, tuple[str, ...]]:
+    features = set(_cpu().split())
+    return next((sources for needed, sources in NEEDED if features >= needed), {})
 
 
 def _source(name: str, suffix: str = ".cpp") -> Path:
     return Path(__file__).with_name(name + suffix)
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: str, sources: dict[str, tuple[str, ...]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed, so that no process meets half a file
         linked = Path(folder) / path.name
-        compiled = [str(Path(folder) / f"{name}.o") for name in SOURCES]
+        compiled = [str(Path(folder) / f"{name}.o") for name in sources]
         commands = [
             [compiler, *COMPILE, *flags, str(_source(name)), "-o", to]
-            for (name, flags), to in zip(SOURCES.items(), compiled, strict=True)
+            for (name, flags), to in zip(sources.items(), compiled, strict=True)
         ]
         for command in (*commands, [compiler, *LINK, *compiled, "-o", str(linked)]):
             subprocess.run(command, check=True, capture_output=True, timeout=120)

@@ -171,7 +171,7 @@ def _call_attention(
 def serves_gated_gelu(x: Tensor, y: Tensor) -> bool:
     """Whether the kernel computes this `gated_gelu`."""
     alike = x.dtype == y.dtype == torch.bfloat16 and x.shape == y.shape and x.shape[-1] % VECTOR == 0
-    return alike and x.device.type == "cpu" and native.is_built()
+    return alike and x.device.type == "cpu" and native.has_bfloat16()
 
 
 def gated_gelu(x: Tensor, y: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def serves_linear(x: Tensor, weight: Tensor) -> bool:
     On processors with AMX torch's products use it, and the kernel does not serve.
     """
     on_cpu = x.device.type == weight.device.type == "cpu"
-    if not (on_cpu and torch.is_grad_enabled() and native.is_built()) or native.has_tiles():
+    if not (on_cpu and torch.is_grad_enabled() and native.has_bfloat16()) or native.has_tiles():
         return False  # before sizes are looked at, on which a compiled graph would then depend
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     numbers = (torch.float32, torch.bfloat16)

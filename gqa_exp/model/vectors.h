@@ -1,17 +1,15 @@
-// What the kernels of this folder share: bfloat16 read and written as vectors of 16 float32, and memory to work in.
+// What the kernels with AVX-512 share: bfloat16 read and written as vectors of 16 float32.
 
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+
+#include "memory.h"
 
 namespace {
-
-constexpr long kLine = 64;  // bytes of a cache line
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -79,18 +77,6 @@ inline void turn(const __m512i rows[16], __m512i columns[16]) {
     columns[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
     columns[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
   }
-}
-
-// Memory of the calling thread that grows and stays: asked for anew at each call, it would be zeroed by the kernel.
-template <typename T>
-T* scratch(std::size_t count) {
-  thread_local std::unique_ptr<T, decltype(&std::free)> memory(nullptr, &std::free);
-  thread_local std::size_t capacity = 0;
-  if (count > capacity) {
-    memory.reset(static_cast<T*>(std::aligned_alloc(kLine, (count * sizeof(T) + kLine - 1) / kLine * kLine)));
-    capacity = memory ? count : 0;
-  }
-  return memory.get();
 }
 
 }  // namespace

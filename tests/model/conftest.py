@@ -1,6 +1,21 @@
 import pytest
 
-from gqa_exp.model import sequence
+from gqa_exp.model import native, sequence
+
+CACHED = (native.library, native._linear, native._attention)
+
+
+@pytest.fixture
+def without_avx512(monkeypatch):
+    """The kernels of a CPU that has AVX2 alone, whatever this one has."""
+    if native.library() is None:
+        pytest.skip("no such instructions, or no compiler")
+    monkeypatch.setattr(native, "_cpu", lambda: "avx2 fma")
+    for cached in CACHED:
+        cached.cache_clear()
+    yield
+    for cached in CACHED:
+        cached.cache_clear()
 
 
 @pytest.fixture

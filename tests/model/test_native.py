@@ -11,13 +11,15 @@ from gqa_exp.model import native
 from gqa_exp.model.t5 import RMSNorm
 
 
-@pytest.fixture(params=["float32", "bfloat16", "bfloat16 in tiles"])
+@pytest.fixture(params=["float32", "float32 without AVX-512", "bfloat16", "bfloat16 in tiles"])
 def dtype(request):
     """Number format and instructions of the products; skipped on hosts that cannot have them."""
-    tiles = "tiles" in request.param
-    if native.library() is None or native.use_tiles(tiles) != tiles:
+    if "without" in request.param:
+        request.getfixturevalue("without_avx512")
+    dtype, tiles = getattr(torch, request.param.split()[0]), "tiles" in request.param
+    if not native.serves_attention(dtype, 32) or native.use_tiles(tiles) != tiles:
         pytest.skip("no such instructions, or no compiler")
-    yield getattr(torch, request.param.split()[0])
+    yield dtype
     native.use_tiles(True)
 
 
@@ -90,18 +92,28 @@ def test_the_kernel_leaves_small_numbers_alone():
     assert np.float32(1e-40) * np.float32(0.5) > 0
 
 
-@pytest.mark.skipif(not set(native._cpu().split()) >= native.NEEDED or not shutil.which("g++"), reason="neither")
+@pytest.mark.skipif(not native._sources() or not shutil.which("g++"), reason="neither")
 def test_where_there_can_be_kernels_there_are():
     """Else all tests of theirs would be skipped."""
     assert native.library() is not None
 
 
+def test_without_avx512_there_is_no_kernel_for_bfloat16(without_avx512):
+    assert native.is_built()
+    assert not native.has_bfloat16()
+    assert not native.use_tiles(True)
+    assert native.pack(torch.zeros(32, 32)) is not None
+    assert native.pack(torch.zeros(32, 32, dtype=torch.bfloat16)) is None
+    assert native.serves_attention(torch.float32, 64)
+    assert not native.serves_attention(torch.bfloat16, 64)
+
+
 def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_path, caplog):
     fresh = native.library.__wrapped__
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_cpu", lambda: "some model avx2")
+    monkeypatch.setattr(native, "_cpu", lambda: "some model avx2")  # but without fma
     assert fresh() is None
-    monkeypatch.setattr(native, "_cpu", lambda: " ".join(native.NEEDED))
+    monkeypatch.setattr(native, "_cpu", lambda: "avx512f avx512_bf16")
     monkeypatch.setenv("CXX", "false")
     assert fresh() is None
     assert "torch's operations serve" in caplog.text

@@ -12,7 +12,7 @@ from gqa_exp.model import T5, T5Config, native, sequence
 from gqa_exp.model.attention import grouped_attention
 from gqa_exp.model.t5 import activate, additive_mask
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
+pytestmark = pytest.mark.skipif(not native.has_bfloat16(), reason="no AVX-512 with bfloat16, or no compiler")
 ROUNDING = 0.02
 """Relative error, in the norm, of a few bfloat16 roundings, 2^-9 each: mostly 3e-3."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gqa_exp.model import T5, T5Config, native, sequence
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no AVX-512 with bfloat16, or no compiler")
+pytestmark = pytest.mark.skipif(not native.has_bfloat16(), reason="no AVX-512 with bfloat16, or no compiler")
 CONFIG = T5Config(64, 64, 96, 4, 32, 1, 1, 2)
 KERNELS = {"linear_outputs_float32", "linear_input_gradient_float32", "linear_weight_gradient"}
 

@@ -280,6 +280,7 @@ def test_what_is_compiled_unasked(
     monkeypatch: pytest.MonkeyPatch, model: str, setting: str, device: str, kernels: bool, dtype: str, compiled: bool
 ) -> None:
     monkeypatch.setattr("gqa_exp.model.native.library", lambda: object() if kernels else None)
+    monkeypatch.setattr("gqa_exp.model.native._cpu", lambda: "avx512f avx512_bf16")
     geometry = T5Config.from_model_config(read_model_config(model))
     config = TimingConfig(compile=setting, device=device, batch_size=8, source_length=512, output_length=64)
     assert to_compile(config, geometry, dtype) is compiled
