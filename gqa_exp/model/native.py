@@ -1,8 +1,8 @@
 """Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
-They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all of them,
-one with AVX2 alone those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
-serve. `sequence.py` calls those for whole sequences.
+They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all, one with
+AVX2 alone has those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations serve.
+`sequence.py` calls those for whole sequences.
 """
 
 import ctypes
@@ -21,7 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-WITH_BFLOAT16 = {
+Sources = dict[str, tuple[str, ...]]
+WITH_BFLOAT16: Sources = {
     "decode_attention": ("-ffast-math",),
     "decode_linear": ("-ffast-math",),
     "sequence_attention": (),
@@ -29,7 +30,7 @@ WITH_BFLOAT16 = {
     "sequence_linear": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
-FLOAT32_ALONE = {"decode_float32": ("-ffast-math",)}
+FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",)}
 """The same for a CPU without bfloat16."""
 HEADERS = ("memory", "products", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
@@ -44,7 +45,9 @@ OUTPUTS, TILE_INPUTS, TILE_OUTPUTS = 32, 32, 16
 
 def serves_attention(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel is there for such a cache."""
-    return head_dim in HEAD_DIMS and (has_bfloat16() if dtype == torch.bfloat16 else dtype == torch.float32 and is_built())
+    if dtype == torch.bfloat16:
+        return head_dim in HEAD_DIMS and has_bfloat16()
+    return head_dim in HEAD_DIMS and dtype == torch.float32 and is_built()
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,7 +195,7 @@ def library() -> ctypes.CDLL | None:
     return built
 
 
-def _sources() -> dict[str, tuple[str, ...]]:
+def _sources() -> Sources:
     features = set(_cpu().split())
     return next((sources for needed, sources in NEEDED if features >= needed), {})
 
@@ -201,7 +204,7 @@ def _source(name: str, suffix: str = ".cpp") -> Path:
     return Path(__file__).with_name(name + suffix)
 
 
-def _build(compiler: str, sources: dict[str, tuple[str, ...]], path: Path) -> None:
+def _build(compiler: str, sources: Sources, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed, so that no process meets half a file
         linked = Path(folder) / path.name

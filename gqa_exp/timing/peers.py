@@ -5,13 +5,14 @@
 
 Decoding alone is the time of a long output less the time of one token, both from input ids and both in every round: the
 encoder, the cross-attention cache and what a library does once per call cancel out, by the same rule for every engine.
-The package grouped-query-attention-pytorch needs a transformers of before 4.32, so it runs in an environment of its own
-(`--t5gqa-python`, see `peer_worker.py`), in turn with the others.
+CTranslate2 runs in a process of its own, and the package grouped-query-attention-pytorch, which needs a transformers of
+before 4.32, in an environment of its own (`--t5gqa-python`), in turn with the others: see `peer_worker.py`.
 """
 
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,32 +63,6 @@ def transformers_t5(folder: Path, input_ids: Tensor, dtype: str) -> Decode:
     return decode
 
 
-def ctranslate2_t5(folder: Path, input_ids: Tensor, compute_type: str) -> Decode:
-    """CTranslate2 on the converted folder; its compute types beside ours are int8 and their mixtures."""
-    import ctranslate2
-
-    with tempfile.TemporaryDirectory() as target:
-        ctranslate2.converters.TransformersConverter(str(folder)).convert(target, force=True)
-        translator = ctranslate2.Translator(
-            target, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=torch.get_num_threads()
-        )
-    words = [[f"t{token}" for token in row] for row in input_ids.tolist()]
-    special = {name: index for index, name in enumerate(SPECIAL)}
-
-    def decode(tokens: int) -> list[list[int]]:
-        results = translator.translate_batch(
-            words,
-            beam_size=1,
-            max_input_length=0,
-            min_decoding_length=tokens,
-            max_decoding_length=tokens,
-            disable_unk=False,
-        )
-        return [[special[w] if w in special else int(w[1:]) for w in result.hypotheses[0]] for result in results]
-
-    return decode
-
-
 REST = 0.3
 """Seconds before each timed run, until the threads of the engine before have stopped spinning (OpenMP: 0.2 s)."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -108,25 +83,24 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 class Worker:
-    """T5GQA in another environment, over a pipe: a line with the number of tokens in, a line with the ids out."""
+    """An engine of `peer_worker.py`, over a pipe: a line with the number of tokens in, a line with the ids out."""
 
-    def __init__(self, python: str, folder: Path, input_ids: Tensor, kv_heads: int, dtype: str) -> None:
+    def __init__(self, engine: str, python: str, folder: Path, input_ids: Tensor, *how: str) -> None:
         """Start it and wait until it is ready.
 
+        Args:
+            engine: its name there.
+            python: interpreter to run it by.
+            folder: of the weights.
+            input_ids: what it decodes from, (B, S).
+            how: what else the engine asks for.
+
         Raises:
-            InputError: it ends before it is; says how.
+            InputError: it ends before it is ready; says how.
         """
         inputs = folder / "input_ids.json"
         inputs.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
-        command_line = [
-            python,
-            str(WORKER),
-            str(folder),
-            str(inputs),
-            str(kv_heads),
-            dtype,
-            str(torch.get_num_threads()),
-        ]
+        command_line = [python, str(WORKER), engine, str(folder), str(inputs), str(torch.get_num_threads()), *how]
         self.process = subprocess.Popen(
             command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -134,7 +108,7 @@ class Worker:
         if self.process.stdout.readline().strip() != "ready":
             assert self.process.stderr is not None
             last = self.process.stderr.read().strip().splitlines()[-1:]
-            raise InputError(f"{python} cannot run T5GQA: {''.join(last) or 'it ended without a word'}")
+            raise InputError(f"{python} cannot run {engine}: {''.join(last) or 'it ended without a word'}")
 
     def __call__(self, tokens: int) -> list[list[int]]:
         """The ids of that many tokens."""
@@ -147,6 +121,15 @@ class Worker:
         """End the other process."""
         self.process.terminate()
         self.process.wait()
+
+
+def ctranslate2_t5(folder: Path, input_ids: Tensor, compute_type: str) -> Worker:
+    """CTranslate2 on the converted folder; its compute types beside ours are int8 and their mixtures."""
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as target:
+        ctranslate2.converters.TransformersConverter(str(folder)).convert(target, force=True)
+        return Worker("CTranslate2", sys.executable, Path(target), input_ids, compute_type)
 
 
 def step_seconds(series: Series, name: str, tokens: int) -> list[float]:
@@ -201,7 +184,7 @@ def engines(arguments: argparse.Namespace, folder: Path, input_ids: Tensor, mode
         if arguments.t5gqa_python:
             for text in [str(model.num_heads), *arguments.num_kv_heads]:
                 name = f"T5GQA {dtype}, G={text}"
-                found[name] = Worker(arguments.t5gqa_python, folder, input_ids, int(text), dtype)
+                found[name] = Worker("T5GQA", arguments.t5gqa_python, folder, input_ids, text, dtype)
     if not arguments.no_ctranslate2:
         import ctranslate2
 

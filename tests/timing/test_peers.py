@@ -46,7 +46,10 @@ def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_
     ours = peers.ours(model, input_ids, "float32")(12)
     assert len({tuple(ids) for ids in ours}) > 1
     assert peers.transformers_t5(tmp_path, input_ids, "float32")(12) == ours
-    assert peers.ctranslate2_t5(tmp_path, input_ids, "float32")(12) == ours
+    worker = peers.ctranslate2_t5(tmp_path, input_ids, "float32")
+    assert worker(12) == ours
+    worker.close()
+    assert worker.process.returncode is not None
 
 
 @pytest.mark.parametrize(
@@ -73,4 +76,4 @@ def test_bad_input_is_one_line(
 def test_a_peer_that_cannot_run_is_said(tmp_path: Path) -> None:
     # This environment's own interpreter has no T5GQA.
     with pytest.raises(InputError, match="cannot run T5GQA: ModuleNotFoundError"):
-        peers.Worker(sys.executable, tmp_path, torch.zeros(1, 2, dtype=torch.long), 1, "float32")
+        peers.Worker("T5GQA", sys.executable, tmp_path, torch.zeros(1, 2, dtype=torch.long), "1", "float32")
