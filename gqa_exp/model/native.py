@@ -1,8 +1,8 @@
 """Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
-They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all, one with
-AVX2 alone has those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations serve.
-`sequence.py` calls those for whole sequences.
+They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all of them
+and one with AVX2 alone those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
+serve. `sequence.py` calls those for whole sequences.
 """
 
 import ctypes
