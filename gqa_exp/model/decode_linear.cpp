@@ -52,11 +52,12 @@ struct Call {
     for (long half = 0; half < vectors; ++half) {
       __m512 value = _mm512_load_ps(sums + 16 * half);
       if (gated) {
-        // gelu in tanh's approximation, which is x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
+        // gelu in tanh's approximation, which is x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))). No infinite power, by
+        // which -ffast-math divides to NaN: from here on x times its inverse is zero to any float32 that it is added to.
 #pragma omp simd simdlen(16)
         for (int i = 0; i < 16; ++i) {
           const float g = sums[i];
-          gate[i] = g / (1 + std::exp(-1.5957691216057308f * (g + 0.044715f * g * g * g)));
+          gate[i] = g / (1 + std::exp(std::min(80.0f, -1.5957691216057308f * (g + 0.044715f * g * g * g))));
         }
         value = _mm512_mul_ps(_mm512_load_ps(gate), _mm512_load_ps(sums + 16));
       }

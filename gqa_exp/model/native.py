@@ -1,7 +1,7 @@
 """Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
-They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 and bfloat16 has all of them
-and one with AVX2 alone those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
+They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 in bfloat16 has all of them,
+another with AVX2 those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
 serve. `sequence.py` calls those for whole sequences.
 """
 
@@ -163,7 +163,7 @@ def is_built() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_bfloat16() -> bool:
     """Whether those for bfloat16 are among them, and so those for whole sequences."""
-    return library() is not None and _sources() is WITH_BFLOAT16
+    return hasattr(library(), "linear_bfloat16")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

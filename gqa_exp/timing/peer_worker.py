@@ -8,7 +8,7 @@ T5GQA of the package grouped-query-attention-pytorch, since it needs a transform
 And CTranslate2, since its threads and torch's would share one OpenMP: once both have run there are more of them than
 cores, and none waits actively any more, which doubled the time of our steps.
 
-It imports nothing of ours, which those environments lack. Reads a number of tokens per line, and answers each with the
+It imports nothing of ours, which the first lacks. Reads a number of tokens per line, and answers each with the
 generated ids as JSON.
 """
 

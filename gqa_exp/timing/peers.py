@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -96,31 +97,48 @@ class Worker:
             how: what else the engine asks for.
 
         Raises:
-            InputError: it ends before it is ready; says how.
+            InputError: it ends instead; says how.
         """
         inputs = folder / "input_ids.json"
         inputs.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
         command_line = [python, str(WORKER), engine, str(folder), str(inputs), str(torch.get_num_threads()), *how]
+        self.name = f"{engine}, run by {python},"
+        # Not a pipe, which nobody would read while the engine runs.
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the engine runs
         self.process = subprocess.Popen(
-            command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True
         )
+        while self._line() != "ready":
+            pass
+
+    def _line(self) -> str:
         assert self.process.stdout is not None
-        if self.process.stdout.readline().strip() != "ready":
-            assert self.process.stderr is not None
-            last = self.process.stderr.read().strip().splitlines()[-1:]
-            raise InputError(f"{python} cannot run {engine}: {''.join(last) or 'it ended without a word'}")
+        line = self.process.stdout.readline()
+        if line:
+            return line.strip()
+        self.process.wait()
+        self.complaints.seek(0)
+        last = self.complaints.read().strip().splitlines()[-1:]
+        raise InputError(f"{self.name} ended: {''.join(last) or f'exit code {self.process.returncode}'}")
 
     def __call__(self, tokens: int) -> list[list[int]]:
-        """The ids of that many tokens."""
+        """The ids of that many tokens.
+
+        Raises:
+            InputError: it has ended; says how.
+        """
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(tokens, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())  # type: ignore[no-any-return]
+        with suppress(BrokenPipeError):  # what it ended of is said below
+            print(tokens, file=self.process.stdin, flush=True)
+        return json.loads(self._line())  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End the other process."""
-        self.process.terminate()
+        """End the other process, which ends of itself when nothing more can be asked."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.complaints.close()
 
 
 def ctranslate2_t5(folder: Path, input_ids: Tensor, compute_type: str) -> Worker:

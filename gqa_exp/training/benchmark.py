@@ -42,9 +42,14 @@ PRODUCTS = (
     "GeneratedBackwardFor_gqa_exp_sequence_linear_default",  # what autograd calls the forward one, in spite of the name
 )
 """Products with weights, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
-SHAPES = {"pre-training": (56, 128, 29), "windows of 512": (14, 512, 114), "fine-tuning": (14, 256, 32)}
-"""Windows or examples of a step, input tokens, target tokens: the mini base's own; T5's, as of conf/corpus/c4.yaml, as
-many tokens; and debian_synopsis's at 4096."""
+SHAPES = {
+    "pre-training": (56, 128, 29),
+    "windows of 512": (14, 512, 114),
+    "fine-tuning": (14, 256, 32),
+    "cnn_dailymail": (6, 512, 256),
+}
+"""Windows or examples of a step, input tokens, target tokens: the mini base's own pre-training and T5's, as of
+conf/corpus/c4.yaml, as many tokens; fine-tuning on debian_synopsis, mini's, and on cnn_dailymail, T5's, as many."""
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 

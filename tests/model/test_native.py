@@ -37,7 +37,7 @@ def test_linear_is_its_formula(dtype, shape, inputs, outputs, norm, gated, resid
     # Rounding of bfloat16 results of about 4, and of the normalised inputs.
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.manual_seed(seed)
-    inputs, outputs = 32 * inputs, 32 * outputs
+    inputs, outputs = (16 if dtype == torch.float32 else 32) * inputs, 32 * outputs
     x = torch.randn(*shape, inputs).to(dtype)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
     scale = RMSNorm(inputs, 1e-6).to(dtype)
@@ -54,12 +54,25 @@ def test_linear_is_its_formula(dtype, shape, inputs, outputs, norm, gated, resid
     torch.testing.assert_close(found.detach().double(), expected.detach(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 64, 65, 100])
-def test_rows_beyond_one_pass(rows, dtype):
-    """Whole numbers small enough that every sum is exact, whatever its order."""
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 33, 64, 65, 100])
+def test_rows_and_threads(rows, threads, dtype):
+    """Whole numbers small enough that every sum is exact, whatever its order; three blocks of outputs."""
+    torch.set_num_threads(threads)
     x = torch.randint(-3, 4, (rows, 64)).to(dtype)
     weight = torch.randint(-1, 2, (96, 64)).to(dtype)
     assert torch.equal(native.linear(x, native.pack(weight), 96).double(), x.double() @ weight.double().T)
+
+
+def test_gates_of_any_size(dtype):
+    """e^(-2 z) of the tanh in gelu is infinite from a gate of -10.1 on."""
+    gates = torch.tensor([-1e4, -100.0, -30.0, -12.0, -10.25, -9.0, -1.0, 0.0, 1.0, 12.0, 100.0, 1e4]).to(dtype)
+    x, weight = torch.zeros(len(gates), 32, dtype=dtype), torch.zeros(64, 32, dtype=dtype)
+    x[:, 0], x[:, 1] = gates, 1
+    weight[:32, 0], weight[32:, 1] = 1, 1
+    found = native.linear(x, native.pack(weight, gated=True), 64, gated=True)
+    expected = F.gelu(gates.double(), approximate="tanh")[:, None].expand(-1, 32)
+    torch.testing.assert_close(found.double(), expected, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 def test_columns_of_a_larger_matrix_and_no_rows_at_all():
@@ -98,8 +111,11 @@ def test_where_there_can_be_kernels_there_are():
     assert native.library() is not None
 
 
-def test_without_avx512_there_is_no_kernel_for_bfloat16(without_avx512):
-    assert native.is_built()
+def test_without_avx512_there_is_no_kernel_for_bfloat16(request):
+    if native.has_bfloat16():
+        request.getfixturevalue("without_avx512")
+    if not native.is_built():
+        pytest.skip("no such instructions, or no compiler")
     assert not native.has_bfloat16()
     assert not native.use_tiles(True)
     assert native.pack(torch.zeros(32, 32)) is not None

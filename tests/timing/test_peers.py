@@ -49,7 +49,11 @@ def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_
     worker = peers.ctranslate2_t5(tmp_path, input_ids, "float32")
     assert worker(12) == ours
     worker.close()
-    assert worker.process.returncode is not None
+    assert worker.process.returncode == 0
+    killed = peers.ctranslate2_t5(tmp_path, input_ids, "float32")
+    killed.process.kill()
+    with pytest.raises(InputError, match=r"CTranslate2, run by .*, ended: exit code -9"):
+        killed(12)
 
 
 @pytest.mark.parametrize(
@@ -75,5 +79,5 @@ def test_bad_input_is_one_line(
 
 def test_a_peer_that_cannot_run_is_said(tmp_path: Path) -> None:
     # This environment's own interpreter has no T5GQA.
-    with pytest.raises(InputError, match="cannot run T5GQA: ModuleNotFoundError"):
+    with pytest.raises(InputError, match=r"T5GQA, run by .*, ended: ModuleNotFoundError"):
         peers.Worker("T5GQA", sys.executable, tmp_path, torch.zeros(1, 2, dtype=torch.long), "1", "float32")

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,20 +268,22 @@ def test_fields_are_the_schema_s() -> None:
 @pytest.mark.parametrize(
     ("model", "setting", "device", "kernels", "dtype", "compiled"),
     [
-        ("mini", "auto", "cpu", False, "bfloat16", True),
-        ("mini", "auto", "cpu", True, "bfloat16", False),
-        ("mini", "auto", "cpu", True, "float16", True),  # they do not serve it
-        ("t5_large", "auto", "cpu", False, "bfloat16", False),  # 1.5 GB a step: 50 ms at 30 GB/s
-        ("t5_large", "auto", "cuda", True, "bfloat16", True),
-        ("t5_large", "on", "cpu", True, "bfloat16", True),
-        ("mini", "off", "cuda", False, "bfloat16", False),
+        ("mini", "auto", "cpu", "none", "bfloat16", True),
+        ("mini", "auto", "cpu", "all", "bfloat16", False),
+        ("mini", "auto", "cpu", "all", "float16", True),  # they do not serve it
+        ("mini", "auto", "cpu", "float32", "bfloat16", True),
+        ("mini", "auto", "cpu", "float32", "float32", False),
+        ("t5_large", "auto", "cpu", "none", "bfloat16", False),  # 1.5 GB a step: 50 ms at 30 GB/s
+        ("t5_large", "auto", "cuda", "all", "bfloat16", True),
+        ("t5_large", "on", "cpu", "all", "bfloat16", True),
+        ("mini", "off", "cuda", "none", "bfloat16", False),
     ],
 )
 def test_what_is_compiled_unasked(
-    monkeypatch: pytest.MonkeyPatch, model: str, setting: str, device: str, kernels: bool, dtype: str, compiled: bool
+    monkeypatch: pytest.MonkeyPatch, model: str, setting: str, device: str, kernels: str, dtype: str, compiled: bool
 ) -> None:
-    monkeypatch.setattr("gqa_exp.model.native.library", lambda: object() if kernels else None)
-    monkeypatch.setattr("gqa_exp.model.native._cpu", lambda: "avx512f avx512_bf16")
+    built = {"none": None, "all": SimpleNamespace(linear_bfloat16=...), "float32": object()}[kernels]
+    monkeypatch.setattr("gqa_exp.model.native.library", lambda: built)
     geometry = T5Config.from_model_config(read_model_config(model))
     config = TimingConfig(compile=setting, device=device, batch_size=8, source_length=512, output_length=64)
     assert to_compile(config, geometry, dtype) is compiled
