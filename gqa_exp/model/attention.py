@@ -169,6 +169,8 @@ class KVCache:
         float32, torch, transposed     33.3  27.9  21.3  16.5  12.5   4.6
         float32, native                45.5  41.3  44.6  37.5  27.5   8.1
 
+    With AVX2 alone and 29 GB/s the kernel reads MHA's caches at 18 to 24, torch's products at 14 to 20.
+
     Args:
         batch: sequences B.
         num_kv_heads: G.
