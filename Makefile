@@ -16,7 +16,7 @@ demo: $(STAMP) ## run the demo sweep and say where its plot is; run again, it ta
 	@echo "plot: $(PLOT)"
 
 test: $(STAMP) ## run the fast tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check
