@@ -1,6 +1,6 @@
 // Decode steps in float32 for processors with AVX2 but without AVX-512 in bfloat16: what decode_linear.cpp and
-// decode_attention.cpp compute, and by the same names. 16 registers of 8 numbers hold fewer sums at a time than theirs, so pieces of what is
-// read from memory, small enough for the first cache, are gone through several times.
+// decode_attention.cpp compute, and by the same names. 16 registers of 8 numbers hold fewer sums at a time than theirs,
+// so pieces of what is read from memory, small enough for the first cache, are gone through several times.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -35,7 +35,7 @@ inline void prefetch(const float* from, long count, long ahead) {
 
 // ---- products: y = norm(x) W^T, gated, plus a residual, each as asked; sizes and layouts as in decode_linear.cpp
 
-constexpr long kOutputs = 32;       // outputs that lie together
+constexpr long kOutputs = 32;  // outputs that lie together
 constexpr long kRows = 2;      // rows of x at a time: their sums with these outputs are in registers
 constexpr long kInputs = 64;   // of the piece of weights that stays in the first cache, 8 KiB
 
@@ -148,7 +148,7 @@ constexpr long kFewQueries = 3;     // queries up to which turning the keys cost
 constexpr long kValues = 32;        // of the piece of values that stays in the first cache, 8 KiB of 64 columns
 constexpr long kCacheAhead = 2048;  // bytes
 
-// 8 rows of 8 numbers, `stride` apart, become columns.
+// 8 numbers of each of 8 rows become columns.
 inline void turn(const float* const rows[8], __m256 columns[8]) {
   __m256 pairs[8], fours[8];
   for (int i = 0; i < 8; i += 2) {
