@@ -38,8 +38,9 @@ from gqa_exp.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
-CONVERT_VERSION = UPTRAIN_VERSION = FINETUNE_VERSION = 1
-EVALUATE_VERSION = 4
+CONVERT_VERSION = UPTRAIN_VERSION = 1
+FINETUNE_VERSION = 2
+EVALUATE_VERSION = 5
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 SCORES, EXAMPLES = "scores.json", "examples.parquet"
 RECIPE_FIELDS = {
