@@ -124,18 +124,6 @@ void score_few(const T* queries, const T* keys, long R, long end, float* scores,
   }
 }
 
-template <typename T>
-void softmax(float* row, const T* bias, long end) {
-  if (bias)
-    for (long s = 0; s < end; ++s) row[s] += widen(bias[s]);
-  float highest = row[0];
-  for (long s = 1; s < end; ++s) highest = std::max(highest, row[s]);
-  float total = 0;
-  for (long s = 0; s < end; ++s) total += row[s] = std::exp(row[s] - highest);
-  const float scale = 1 / total;
-  for (long s = 0; s < end; ++s) row[s] *= scale;
-}
-
 // out[r] = sum over s of weights[r][s] v[s], for as many queries as have room in registers
 template <typename T, int K, int Queries>
 void mix(const float* weights, long stride, const T* values, long end, T* out) {

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "memory.h"
+#include "common.h"
 
 namespace {
 
@@ -218,17 +218,6 @@ void score_few(const float* queries, const float* keys, long R, long end, float*
       _mm256_storeu_ps(scores + r * stride + s, sums_of(products));
     }
   }
-}
-
-void softmax(float* row, const float* bias, long end) {
-  if (bias)
-    for (long s = 0; s < end; ++s) row[s] += bias[s];
-  float highest = row[0];
-  for (long s = 1; s < end; ++s) highest = std::max(highest, row[s]);
-  float total = 0;
-  for (long s = 0; s < end; ++s) total += row[s] = std::exp(row[s] - highest);
-  const float scale = 1 / total;
-  for (long s = 0; s < end; ++s) row[s] *= scale;
 }
 
 // out[r] += sum over `count` values of weights[r][s] v[s], for some columns of a piece

@@ -5,15 +5,10 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
-#include "memory.h"
+#include "common.h"
 
 namespace {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
 
 inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 widen(const BFloat16* p) {
@@ -24,13 +19,6 @@ inline __m512 widen(const BFloat16* p) {
 inline __m512 widen(const float* p, __mmask16 some) { return _mm512_maskz_loadu_ps(some, p); }
 inline __m512 widen(const BFloat16* p, __mmask16 some) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
-}
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
 }
 inline void narrow(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
 inline void narrow(BFloat16* p, __m512 x) {

@@ -6,8 +6,9 @@ import transformers
 
 from gqa_exp.host import supports_dtype
 from gqa_exp.model import generate, native
-from gqa_exp.model.checkpoint import save_hf
+from gqa_exp.model.checkpoint import load, save_hf
 from gqa_exp.model.inference import InferenceT5, PackedLinear
+from gqa_exp.pipeline.stages import SHIPPED
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, [4, 1, 2]])
@@ -86,6 +87,22 @@ def test_weights_of_every_layout_give_the_same(tiny_model, padded_batch, monkeyp
     assert prepared.lm_head.layout == layout
     found = steps_of(prepared, input_ids, mask, tokens_BT)
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_steps_of_a_trained_model_equal_a_full_forward_pass():
+    """Its gates go where those of random weights never do: to where gelu's power of e is infinite, below -10.06."""
+    torch.manual_seed(0)
+    model = load(SHIPPED / "mini").eval()
+    lowest = []
+    for layer in model.decoder.layers:
+        layer.feed_forward.inner[0].register_forward_hook(lambda _, __, gates: lowest.append(gates.min().item()))
+    input_ids = torch.randint(3, model.config.vocab_size, (4, 128))
+    tokens_BT = generate(InferenceT5(model), input_ids, max_new_tokens=48, stop_at_eos=False)
+    with torch.no_grad():
+        expected = model(input_ids, tokens_BT)
+    assert min(lowest) < -10.06
+    found = steps_of(InferenceT5(model), input_ids, None, tokens_BT)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["native", "other"])
