@@ -1,4 +1,5 @@
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def test_transformers_writes_the_same_on_the_same_weights(
     assert set(line["engines"]) == {"ours float32", "ours float32, G=2", "transformers float32"}
     theirs = line["engines"]["transformers float32"]
     assert theirs["equal_ids"] == 1
-    assert len(theirs["step_seconds"]) == 2
-    assert theirs["ours float32 / it"]["median"] > 0
+    own = line["engines"]["ours float32"]["step_seconds"]
+    in_each_round = [mine / its for mine, its in zip(own, theirs["step_seconds"], strict=True)]
+    assert len(in_each_round) == 2
+    assert theirs["ours float32 / it"]["median"] == pytest.approx(statistics.median(in_each_round))
 
 
 def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_path: Path) -> None:
