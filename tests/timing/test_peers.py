@@ -36,7 +36,7 @@ def test_transformers_writes_the_same_on_the_same_weights(
     theirs = line["engines"]["transformers float32"]
     assert theirs["equal_ids"] == 1
     own = line["engines"]["ours float32"]["step_seconds"]
-    in_each_round = [mine / its for mine, its in zip(own, theirs["step_seconds"], strict=True)]
+    in_each_round = [its / mine for its, mine in zip(theirs["step_seconds"], own, strict=True)]  # of tokens per second
     assert len(in_each_round) == 2
     assert theirs["ours float32 / it"]["median"] == pytest.approx(statistics.median(in_each_round))
 
