@@ -50,5 +50,9 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     decoder = micro.num_decoder_layers * (6 * D * heads + 3 * D * F) + micro.vocab_size * D
     assert result["product_flops"] == flops[0]["ours eager"] == 6 * 2 * (9 * encoder + 5 * decoder)
     assert line["matmul_flops"] > 0
+    # attention: 9 x 9 pairs in an encoder layer; in a decoder's 5 x 9, and 1 + 2 + 3 + 4 + 5 that are not masked
+    pairs = micro.num_encoder_layers * 81 + micro.num_decoder_layers * (45 + 15)
+    assert result["attention_flops"] == 2 * heads * pairs * 2 * (2 + 4)
     theirs = sum(seconds["transformers eager"]) / 2
-    assert result["limit"] == pytest.approx(theirs / result["product_seconds"])
+    peak = max(line["matmul_flops"], result["product_flops"] / result["product_seconds"])
+    assert result["bound"] == pytest.approx(theirs / ((result["product_flops"] + result["attention_flops"]) / peak))
