@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 
 from analysis import paper
 from analysis.stats import (
+    RESAMPLES,
     Draws,
     ExampleScores,
     example_scores,
@@ -17,6 +18,7 @@ from analysis.stats import (
     mean_draws,
     paired_draws,
     resample_weights,
+    seed_deviations,
 )
 
 
@@ -82,6 +84,39 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert narrow.high is not None
     assert narrow.low is not None
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_where_seeds_differ_and_points_do_not_few_intervals_say_that_they_do(seeds: int) -> None:
+    generator = np.random.default_rng(0)
+    difficulty = generator.normal(40, 10, 300)
+    missed = 0
+    for _ in range(300):
+        runs = [
+            {seed: scores(difficulty + generator.normal(0, 2, 300) + generator.normal(0, 1)) for seed in range(seeds)}
+            for _ in range(2)
+        ]
+        left, right = paired_draws(runs, "task")
+        found = (left - right).estimate()
+        assert found.low is not None
+        assert found.high is not None
+        missed += not found.low <= 0 <= found.high
+    assert missed / 300 == pytest.approx(0.05, abs=0.03)
+
+
+def test_the_mean_of_seeds_is_off_by_students_t() -> None:
+    values = np.array([30.0, 31.0, 35.0])
+    off = seed_deviations(3) @ (values - values.mean())
+    expected = scipy_stats.t(2, scale=values.std(ddof=1) / np.sqrt(3))
+    assert scipy_stats.kstest(off, expected.cdf).pvalue > 0.01
+    assert seed_deviations(1).tolist() == [[0.0]] * RESAMPLES
+
+
+def test_examples_are_the_same_if_their_references_are() -> None:
+    frame = pd.DataFrame({"id": ["a", "b", "c"], "f1": [10.0, 20.0, 60.0], "references": [["x"], ["y", "z"], ["w"]]})
+    other = frame.assign(references=[["x"], ["yz"], ["w"]], f1=[0.0, 0.0, 0.0])
+    left, right = paired_draws([{0: example_scores(frame, "f1")}, {0: example_scores(other, "f1")}], "task")
+    assert (left - right).value == pytest.approx((10 + 60) / 2)
 
 
 def test_mean_over_tasks_has_the_variance_of_independent_parts() -> None:
