@@ -5,6 +5,7 @@ the other side, or, for times, within the noise floor, which counts as no differ
 both, or there is none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,6 +119,11 @@ def _points(estimate: Estimate) -> str:
     return f"{with_interval(estimate, 2, sign=True)} points; {found}"
 
 
+def _lost(points: Sequence[Point], task: Task | None) -> str:
+    """Which of the compared points have runs that did not finish, and are compared by the others."""
+    return "".join(f"; {lost} of {point.name}" for point in points if (lost := point.lost(task)))
+
+
 def quality_claims(study: Study) -> list[Claim]:
     """Each point with fewer KV heads against MHA of the same proportion, per task: hidden failures are looked for."""
     claims = []
@@ -129,9 +135,8 @@ def quality_claims(study: Study) -> list[Claim]:
             difference = study.difference(point, reference, task)
             if difference is not None:
                 statement = f"{point.name} scores below {reference.name} {_where(task)}"
-                claims.append(
-                    Claim("Quality against MHA", statement, _points(difference), verdict(side(difference), -1))
-                )
+                evidence = _points(difference) + _lost([point, reference], task)
+                claims.append(Claim("Quality against MHA", statement, evidence, verdict(side(difference), -1)))
     return claims
 
 
@@ -147,7 +152,7 @@ def uptraining_claims(study: Study) -> list[Claim]:
             gain = study.difference(point, start, task)
             if gain is None:
                 continue
-            evidence = _points(gain)
+            evidence = _points(gain) + _lost([point, start], task)
             own = study.difference(mha, mha_start, task) if mha and mha_start else None
             if own is not None:
                 evidence += f"; MHA gains {with_interval(own, 2, sign=True)} from the same steps"
@@ -173,7 +178,7 @@ def closure_claims(study: Study) -> list[Claim]:
                 continue
             gap, share = closure
             statement = f"{gqa.name} closes a part of the gap between MQA and MHA {_where(task)}"
-            evidence = f"gap {with_interval(gap, 2)} points"
+            evidence = f"gap {with_interval(gap, 2)} points{_lost([mha, mqa, gqa], task)}"
             if side(gap) <= 0:
                 evidence += "; no gap that the data can see, so no share of it"
                 judged: Verdict = "cannot tell" if side(gap) == 0 else "not supported"

@@ -27,6 +27,8 @@ METRIC_NAMES = {
     "f1": "F1",
     "exact_match": "EM",
 }
+UNTOLD = {"dtype": "unknown dtype", "cross_kv": "cached"}
+"""What stands for entries of a row's time that it does not have."""
 SCORE_TOLERANCE = 0.05
 """By how much a row's score may differ from that of its examples; more, and they do not belong together."""
 
@@ -78,11 +80,13 @@ class TimeSetting(NamedTuple):
     source_length: int
     output_length: int
     dtype: str
+    cross_kv: str
 
     def __str__(self) -> str:
+        recomputed = "" if self.cross_kv == "cached" else f", cross-attention's keys and values {self.cross_kv}"
         return (
             f"{self.hardware}; batch {self.batch_size}, source {self.source_length} tokens, "
-            f"output {self.output_length} tokens, {self.dtype}"
+            f"output {self.output_length} tokens, {self.dtype}{recomputed}"
         )
 
 
@@ -107,6 +111,15 @@ class Point:
     def rows(self) -> list[Result]:
         """All finished rows."""
         return [result for runs in self.runs.values() for result in runs.values()]
+
+    def lost(self, task: Task | None) -> str:
+        """What a score, or the mean over tasks, does not hold of its runs: "2 of 3 diverged"; "" where all finished.
+
+        It is not the score of all then, since what diverges is not drawn by chance.
+        """
+        lost, done = ([r for r in rows if task in (None, task_of(r))] for rows in (self.unfinished, self.rows))
+        statuses = ", ".join(sorted({"without score" if row.status == "done" else row.status for row in lost}))
+        return f"{len(lost)} of {len(lost) + len(done)} {statuses}" if lost and done else statuses
 
     def time_estimate(self, entry: str) -> Estimate | None:
         """A time entry with its interval, None if it was not measured."""
@@ -136,8 +149,8 @@ class Study:
 
     @property
     def has_mean(self) -> bool:
-        """Whether a mean over tasks is meaningful: all kinds of task are there."""
-        return {task.kind for task in self.tasks} >= set(KINDS)
+        """Whether a mean over tasks is meaningful: all kinds of task are there, each on one split."""
+        return {task.kind for task in self.tasks} >= set(KINDS) and len({task.split for task in self.tasks}) == 1
 
     def note(self, text: str) -> None:
         """Keep a remark for the report, once."""
@@ -217,6 +230,8 @@ class Study:
         for point in points:
             scores = {seed: self.examples(result) for seed, result in point.runs.get(task, {}).items()}
             compared.append({seed: entry for seed, entry in scores.items() if entry is not None})
+        if len({frozenset(entry.statistics.index) for scores in compared for entry in scores.values()}) > 1:
+            self.note(f"{task.title}: not all rows are of the same examples; differences are over those in common.")
         try:
             return paired_draws(compared, stream=f"{task.name}/{task.split}")
         except ValueError:
@@ -349,11 +364,13 @@ def recipe_of(result: Result) -> tuple[tuple[str, Scalar], ...]:
 def _preferred(earlier: Result, later: Result) -> tuple[Result, str]:
     """Which of two rows of one point, task and seed is shown, and what to say of the other.
 
-    Of two recipes the one that did better on dev; otherwise the later row, which another code or machine computed.
+    Of two recipes the one that did better on dev; otherwise, and where more than the recipe differs, the later row,
+    which other code or another machine computed.
     """
     what = f"({later.label} on {later.task}, proportion {later.proportion:g}, seed {later.seed})"
     scores = (number(earlier.dev_score), number(later.dev_score))
-    if recipe_of(earlier) != recipe_of(later) and scores[0] is not None and scores[1] is not None:
+    alike = earlier.settings == later.settings
+    if alike and recipe_of(earlier) != recipe_of(later) and scores[0] is not None and scores[1] is not None:
         kept, other = (earlier, later) if scores[0] >= scores[1] else (later, earlier)
         return kept, (
             f"{other.key} {what} was fine-tuned by another recipe than {kept.key}, which did better on dev "
@@ -382,17 +399,22 @@ def time_setting(result: Result) -> TimeSetting | None:
     if number(result.time.get("per_sample")) is None:
         return None
     device = str(result.time.get("device") or "cpu")
-    environment = result.environment
-    if device.startswith("cuda"):
-        hardware = str(environment.get("gpu") or "GPU of unknown kind")
-    else:
-        # of the timing: what was trained beside another run had fewer (older rows do not tell the two apart)
-        threads = result.time.get("threads") or environment.get("threads") or "?"
-        hardware = f"{environment.get('cpu') or 'CPU of unknown kind'}, {threads} threads"
+    hardware = str(result.time.get("hardware") or _hardware_of_the_row(result, device))
     batch, source, output = (
         int(number(result.time.get(name)) or 0) for name in ("batch_size", "source_length", "output_length")
     )
-    return TimeSetting(device, hardware, batch, source, output, str(result.time.get("dtype") or "unknown dtype"))
+    dtype, cross_kv = (str(result.time.get(name) or other) for name, other in UNTOLD.items())
+    return TimeSetting(device, hardware, batch, source, output, dtype, cross_kv)
+
+
+def _hardware_of_the_row(result: Result, device: str) -> str:
+    """For times of before they told their own: the machine that wrote the row, taken for the one that was timed."""
+    environment = result.environment
+    if device.startswith("cuda"):
+        return str(environment.get("gpu") or "GPU of unknown kind")
+    # Threads of the timing: what was trained beside another run had fewer (still older rows do not tell the two apart).
+    threads = result.time.get("threads") or environment.get("threads") or "?"
+    return f"{environment.get('cpu') or 'CPU of unknown kind'}, {threads} threads"
 
 
 def read_study(folder: Path, sweep: str | None = None) -> Study:
@@ -453,6 +475,7 @@ def build_study(folder: Path, results: list[Result]) -> Study:
         used = {recipe_of(run) for point in points.values() for run in point.runs.get(task, {}).values()}
         if len(used) > 1:  # a row that does not say how it was fine-tuned counts as another recipe
             notes.append(f"{task.title}: not all rows say that they were fine-tuned alike, so they hardly compare.")
+    notes += _unlike(list(points.values()))
     jobs = {result.stages.get("time") for point in points.values() for result in point.rows if result.time}
     if len(jobs - {None}) > 1:
         notes.append("Times come from several timing jobs: speed-ups compare, seconds only as far as the machine held.")
@@ -462,6 +485,28 @@ def build_study(folder: Path, results: list[Result]) -> Study:
     kinds = {kind: rank for rank, kind in enumerate(KINDS)}
     in_order = sorted(tasks, key=lambda task: (kinds.get(task.kind, len(kinds)), task))
     return Study(folder, results, ordered, in_order, setting, list(dict.fromkeys(notes)))
+
+
+def _unlike(points: Sequence[Point]) -> list[str]:
+    """What of their settings finished rows do not have alike: within a task, and for what comes before it, a base."""
+    found: dict[str, dict[str, set[Scalar]]] = {}
+    silent: Counter[str] = Counter()
+    for point in points:
+        for task, runs in point.runs.items():
+            for run in runs.values():
+                silent[task.title] += not run.settings
+                for name, value in run.settings.items():
+                    of_the_task = name.startswith(("finetune.", "evaluate."))
+                    place = task.title if of_the_task else f"Base {point.variant.base[:6]}"
+                    found.setdefault(place, {}).setdefault(name, set()).add(value)
+    notes = []
+    for place, settings in found.items():
+        differing = [f"{name} ({', '.join(sorted(map(str, v)))})" for name, v in settings.items() if len(v) > 1]
+        if differing:
+            notes.append(f"{place}: rows were not computed alike, so they hardly compare: {'; '.join(differing)}.")
+        if silent[place]:
+            notes.append(f"{place}: {silent[place]} rows are of before rows told by what settings they were computed.")
+    return notes
 
 
 def _order(variant: Variant) -> tuple[object, ...]:

@@ -26,10 +26,22 @@ def with_interval(estimate: Estimate | None, digits: int, scale: float = 1.0, si
     return f"{text} [{estimate.low * scale:{form}}, {estimate.high * scale:{form}}]"
 
 
-def status_of(point: Point, task: Task) -> str:
-    """What stands in place of a score: the status of the runs that did not finish, or "-" if there were none."""
-    statuses = {result.status for result in point.unfinished if result.task == task.name}
-    return ", ".join(sorted(statuses)) or MISSING
+def _with_lost(text: str, point: Point, task: Task | None) -> str:
+    """A score's text with how many of its runs did not finish, or that in its place where there is none."""
+    lost = point.lost(task)
+    if not lost:
+        return text
+    return lost if text == MISSING else f"{text} ({lost})"
+
+
+def _seeds(point: Point) -> str:
+    """How many seeds a score is the mean of: "3", or "1 to 3" where not all tasks have as many."""
+    return _span([len(runs) for runs in point.runs.values()], 0)
+
+
+def _column(task: Task) -> str:
+    """The task's name in a table, with the split where it is not the test split."""
+    return task.name if task.split == "test" else f"{task.name} ({task.split})"
 
 
 def frame(study: Study) -> pd.DataFrame:
@@ -55,10 +67,11 @@ def frame(study: Study) -> pd.DataFrame:
         }
         reference, base = study.reference(point), study.mha(point, 0.0)
         for task in [*study.tasks, None] if study.has_mean else study.tasks:
-            column = f"{task.name}.{task.metric}" if task else "mean"
+            column = f"{_column(task)}.{task.metric}" if task else "mean"
             _put(row, column, study.score(point, task))
             if task:
                 row[f"{column}_spread"] = study.spread(point, task)
+                row[f"{column}_seeds"] = len(point.runs.get(task, {}))
                 for name in study.baselines(task):
                     _put(row, f"{column}.over_{name}", study.over_baseline(point, task, name))
                 row[f"{column}_examples"] = max((r.num_examples for r in point.runs.get(task, {}).values()), default=0)
@@ -76,7 +89,7 @@ def frame(study: Study) -> pd.DataFrame:
         row["parameters"] = _cost(point, "parameters")
         rows.append(row)
     for name, values in baselines(study).items():
-        scores = {f"{task.name}.{task.metric}": value for task, value in values.items()}
+        scores = {f"{_column(task)}.{task.metric}": value for task, value in values.items()}
         rows.append({"label": f"{name} baseline", **scores})
     return pd.DataFrame(rows)
 
@@ -106,21 +119,20 @@ def cells(study: Study) -> tuple[list[str], list[list[str]]]:
     """Header and text cells of the table for readers: quality and time of each point in one row, then baselines."""
     several_models = len({point.variant.model for point in study.points}) > 1
     header = ["point", "method", "proportion", "seeds"]
-    header += [f"{task.name} {METRIC_NAMES.get(task.metric, task.metric)}" for task in study.tasks]
-    header += ["mean", "mean vs MHA"] if study.has_mean else [f"{task.name} vs MHA" for task in study.tasks]
+    header += [f"{_column(task)} {METRIC_NAMES.get(task.metric, task.metric)}" for task in study.tasks]
+    header += ["mean", "mean vs MHA"] if study.has_mean else [f"{_column(task)} vs MHA" for task in study.tasks]
     header += ["ms per sample", "bound", "speed-up", "step speed-up", "KV KiB per sample", "parameters"]
     rows = []
     for point in study.points:
         variant = point.variant
         label = f"{variant.label}-{variant.model}" if several_models else variant.label
-        row = [label, variant.method or MISSING, f"{variant.proportion:g}", str(len(point.seeds))]
+        row = [label, variant.method or MISSING, f"{variant.proportion:g}", _seeds(point)]
         for task in study.tasks:
             spread = study.spread(point, task)
             text = with_interval(study.score(point, task), 2)
-            text = status_of(point, task) if text == MISSING else text
-            row.append(text if spread is None else f"{text} sd {spread:.2f}")
+            row.append(_with_lost(text if spread is None else f"{text} sd {spread:.2f}", point, task))
         if study.has_mean:
-            row.append(with_interval(study.score(point, None), 2))
+            row.append(_with_lost(with_interval(study.score(point, None), 2), point, None))
         for each in [None] if study.has_mean else study.tasks:
             row.append(_difference_cell(study, point, each))
         per_sample = point.time_estimate("per_sample")

@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PARALLEL_LAUNCHER = "hydra_plugins.gqa_exp.ParallelLauncher"
 
+ALIKE = ("output", "sweep", "timing")
+"""Fields that the points of a sweep must have alike."""
 sweep_points: list[Config] = []
 """The checked points of the sweep that this process runs, for planning and closing it."""
 
@@ -101,13 +103,19 @@ class CheckedSweeper(BasicSweeper):
         """Compose and check every point of the batch before the first one runs.
 
         Raises:
-            InputError: the first point that is wrong.
+            InputError: the first point that is wrong, or what all points of a sweep must have alike differs.
         """
         assert self.config is not None
         assert self.hydra_context is not None
         for overrides in batch:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             sweep_points.append(to_config(composed))
+            for name in ALIKE:
+                if getattr(sweep_points[-1], name) != getattr(sweep_points[0], name):
+                    raise InputError(
+                        f"the points of a sweep differ in {name}, but share one timing job and one folder of rows, "
+                        "which hold one time each; start a sweep for each value, with a sweep=NAME of its own"
+                    )
 
 
 @dataclass

@@ -67,6 +67,10 @@ class Result:
     finetune: dict[str, Scalar] = field(default_factory=dict)
     """The fine-tuning recipe: the fields of `gqa_exp.config.FinetuneConfig`, and the lengths examples were cut to.
     Empty in rows of before it was recorded."""
+    settings: dict[str, Scalar] = field(default_factory=dict)
+    """What else the stages were computed with, `STAGE.NAME`: data and tokenizer by their hashes, versions of the code,
+    number formats, ...: all that a stage's key is made of, but what makes the point and what `finetune` holds. Empty in
+    rows of before it was recorded."""
     mean_generated_tokens: float | None = None
     dev_score: float | None = None
     """Value of the selection criterion of the kept fine-tuning checkpoint on the dev split."""
@@ -82,11 +86,14 @@ class Result:
     """As the timer found the caches allocated."""
     # -- training record
     training: dict[str, Scalar] = field(default_factory=dict)
-    """Per stage: `uptrain_steps`, `uptrain_tokens`, `uptrain_loss`, `uptrain_seconds`, the same for finetune, ..."""
+    """Per stage: `uptrain_steps`, `uptrain_tokens`, `uptrain_loss`, `uptrain_seconds`, the same for finetune, ...
+    Seconds are those of the process that finished the stage, or of all its training steps where these took longer: it
+    may have been resumed, or begun where a shorter one of its chain ended."""
     # -- provenance
     config_hash: str = ""
     environment: dict[str, Scalar] = field(default_factory=dict)
-    """CPU/GPU, threads, library versions, git commit and dirty flag, host load."""
+    """CPU/GPU, threads, library versions, git commit and dirty flag, host load; of the evaluation, once there is one,
+    and as `STAGE_NAME` what of code and machine differed when an earlier stage was computed."""
     started: str = ""
     ended: str = ""
     """ISO 8601, UTC."""
@@ -149,13 +156,14 @@ TIME_FIELDS = {
     "bandwidth_share": "decode_bandwidth / memory_bandwidth, median of the per-round ratios",
     "predicted_per_sample": "the cost model's lower bound on this host, seconds per sample end to end",
     "predicted_decode_step": "the same for one decode step of a batch at the mean cache fill",
-    "natural_length_per_sample": "seconds per sample when generation stops at end-of-sequence, on task inputs",
+    "natural_length_per_sample": "seconds per sample up to end-of-sequence, on task inputs; of the timed checkpoint",
     "batch_size": "samples decoded together",
     "source_length": "input tokens",
     "output_length": "generated tokens, end-of-sequence off",
     "dtype": "number format of weights, caches and arithmetic",
     "rounds": "interleaved rounds that were counted",
     "device": "device the times were taken on",
+    "hardware": "its model, and of a CPU the number of threads; stages may have been computed on another",
     "threads": "CPU threads of the process that was timed",
     "compiled": "whether decode steps were compiled",
     "cross_kv": "cached: cross-attention's keys and values are computed once; recomputed: at each decode step",

@@ -117,6 +117,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["gqa-run", "task=en_du", output], "did you mean"),
         (["gqa-run", "-m", "+sweeps=demoo", output], "did you mean"),
         (["gqa-run", "-m", "num_kv_heads=8,3", output], "num_kv_heads=3"),
+        (["gqa-run", "-m", "timing.batch_size=8,16", output], "differ in timing"),
         (["gqa-run", f"output={tmp_path / 'file'}"], "output"),
         (["gqa-pretrain", "num_kv_heads=2", output], "multi-head"),
         (["gqa-pretrain", f"corpus.files=[{tmp_path / 'empty.txt'}]", output], "empty"),

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gqa_exp.config import Config
 from gqa_exp.evaluation.evaluate import pad
@@ -24,43 +24,72 @@ from gqa_exp.training.finetune import read_split
 
 logger = logging.getLogger(__name__)
 
-TIME_VERSION = 4
+TIME_VERSION = 5
 REFERENCE = "MHA"
 
 
 def close(configs: Sequence[Config], plan: Plan) -> None:
-    """Time the architectures of the given points and write the times into their rows.
+    """Time the architectures of the given points, model by model, and write the times into their rows.
 
     Args:
-        configs: the points of a sweep, or a single one; all with the same model, timing and output.
+        configs: the points of a sweep, or a single one; all with the same timing and output.
         plan: told when the timing is done.
     """
     first = configs[0]
     if not first.timing.enabled:
         return
-    pipelines = [Pipeline(config, store_of(config)) for config in configs]
     rows = {path.stem: _read(path) for path in results_folder(first).glob("*.json")}
-    points = [(p, rows[key]) for p in pipelines if (key := new_result(p).key) in rows and rows[key].status == "done"]
-    if not points:
+    by_model: dict[str, list[Timed]] = {}
+    for config in configs:
+        pipeline = Pipeline(config, store_of(config))
+        fresh = new_result(pipeline)
+        if fresh.key in rows and rows[fresh.key].status == "done":
+            timed = Timed(pipeline, rows[fresh.key], fresh)
+            by_model.setdefault(key_of(_geometry(config)), []).append(timed)
+    if not by_model:
         logger.warning("no finished point to time")
         return
+    with plan.stage(Stage("time", "", {})):
+        for points in by_model.values():
+            _join(points)
+
+
+class Timed(NamedTuple):
+    """A point that is to have a time."""
+
+    pipeline: Pipeline
+    row: Result
+    fresh: Result
+    """What the row says before anything is computed, by the configuration of now."""
+
+
+def _join(points: Sequence[Timed]) -> None:
+    """Time the architectures of one model and write the times into the rows."""
     # The first point of each architecture lends its checkpoint; where rows are from elsewhere, one that has it.
     owners: dict[str, Pipeline] = {}
-    for pipeline, _ in sorted(points, key=lambda point: not point[0].store.holds(point[0].finetune_stage)):
+    for pipeline, *_ in sorted(points, key=lambda p: not p.pipeline.store.holds(p.pipeline.finetune_stage)):
         owners.setdefault(pipeline.label, pipeline)
-    with plan.stage(Stage("time", "", {})):
-        record = _timing_record(first, owners)
+    record = _timing_record(points[0].pipeline.config, owners)
     if record is None:
         return
-    for pipeline, row in points:
+    for pipeline, row, fresh in points:
         if row.stages.get("time") == record["key"]:
             continue
-        row.time = dict(record["variants"][pipeline.label]["fields"])
-        if owners[pipeline.label].config.task.name != pipeline.config.task.name:
-            row.time["natural_length_per_sample"] = None  # measured on another task's inputs
-        row.kv_cache_bytes_per_sample_allocated = record["variants"][pipeline.label]["allocated_cache_bytes_per_sample"]
+        variant = record["variants"][pipeline.label]
+        row.time = dict(variant["fields"])
+        if record["checkpoints"].get(pipeline.label) != pipeline.finetune_stage.key:
+            row.time["natural_length_per_sample"] = None  # measured on the outputs of another checkpoint
+        row.kv_cache_bytes_per_sample_allocated = variant["allocated_cache_bytes_per_sample"]
+        # What depends on lengths and number format of the timing, which may be others than when the row was written.
+        row.kv_cache_bytes_per_sample, row.weight_bytes = fresh.kv_cache_bytes_per_sample, fresh.weight_bytes
+        row.config_hash = fresh.config_hash
         row.stages["time"] = record["key"]
-        write_result(results_folder(first), row)
+        write_result(results_folder(pipeline.config), row)
+
+
+def _geometry(config: Config) -> dict[str, Any]:
+    """What times depend on of a model: not on which checkpoint."""
+    return {name: value for name, value in vars(config.model).items() if name not in ("base", "steps")}
 
 
 def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any] | None:
@@ -72,7 +101,7 @@ def _timing_record(config: Config, owners: dict[str, Pipeline]) -> dict[str, Any
         "version": TIME_VERSION,
         "hardware": hardware_id(config.timing.device),
         "timing": vars(config.timing),
-        "model": {name: value for name, value in vars(config.model).items() if name not in ("base", "steps")},
+        "model": _geometry(config),
         "architectures": {label: owner.kv_heads for label, owner in owners.items()},
     }
     path = results_folder(config) / "times" / f"{key_of(facts)}.json"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import traceback
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ from gqa_exp.timing.environment import environment
 from gqa_exp.training.loop import Diverged
 
 logger = logging.getLogger(__name__)
+
+OF_THE_POINT = ("base", "num_kv_heads", "method", "seed", "step")
+OF_THE_STAGES = ("convert", "parent", "finetune")
+OF_THE_RECIPE = ("max_input_tokens", "max_target_tokens")
+"""Facts of stages that rows hold elsewhere, or as `stages`."""
+CODE_AND_MACHINE = ("git_commit", "git_dirty", "cpu", "gpu", "threads", "version_torch")
+"""What is told of each stage's environment where it was another than the evaluation's."""
 
 
 def results_folder(config: Config) -> Path:
@@ -65,6 +73,7 @@ def new_result(pipeline: Pipeline) -> Result:
             "max_input_tokens": config.task.max_input_tokens,
             "max_target_tokens": config.task.max_target_tokens,
         },
+        settings={name: value for stage in pipeline.stages() for name, value in _settings(stage.name, stage.facts)},
         parameters=geometry.num_parameters(),
         weight_bytes=geometry.num_parameters() * element,
         kv_cache_bytes_per_sample=geometry.kv_cache_bytes(timing.source_length, timing.output_length, element),
@@ -72,6 +81,16 @@ def new_result(pipeline: Pipeline) -> Result:
         environment=environment(),
         started=_now(),
     )
+
+
+def _settings(name: str, value: Any) -> Iterator[tuple[str, Scalar]]:
+    """Facts of a stage as `STAGE.NAME`, dictionaries opened; without what is None or stands elsewhere in a row."""
+    if isinstance(value, dict):
+        for entry, inner in value.items():
+            if entry not in (*OF_THE_POINT, *OF_THE_STAGES, *OF_THE_RECIPE):
+                yield from _settings(f"{name}.{entry}", inner)
+    elif value is not None:
+        yield name, json.dumps(value) if isinstance(value, list | tuple) else value
 
 
 def run_point(config: Config, plan: Plan) -> Result:
@@ -125,6 +144,7 @@ def _add_outcome(result: Result, pipeline: Pipeline) -> None:
     """Fill in quality and training record from the stages' folders."""
     store = pipeline.store
     folder = store.folder(pipeline.evaluate_stage)
+    result.environment = dict(store.record(pipeline.evaluate_stage)["environment"])
     scores: dict[str, Any] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
     result.metrics, result.baselines = scores["metrics"], scores["baselines"]
     result.score = scores["metrics"][result.metric]
@@ -134,7 +154,10 @@ def _add_outcome(result: Result, pipeline: Pipeline) -> None:
     write_examples(results_folder(pipeline.config), result.key, pd.read_parquet(folder / EXAMPLES))
     for stage in pipeline.stages():
         record = store.record(stage)
-        result.training[f"{stage.name}_seconds"] = record["seconds"]
+        result.training[f"{stage.name}_seconds"] = max(record["seconds"], record["outcome"].get("seconds", 0.0))
+        for name in CODE_AND_MACHINE:
+            if (value := record["environment"].get(name)) != result.environment.get(name):
+                result.environment[f"{stage.name}_{name}"] = value
         for name in ("steps", "tokens", "loss", "best_step", "truncated_inputs", "truncated_targets"):
             if name in record["outcome"]:
                 result.training[f"{stage.name}_{name}"] = record["outcome"][name]

@@ -367,6 +367,7 @@ class TimingReport:
             "dtype": self.dtype,
             "rounds": len(self.end_to_end.sound),
             "device": self.config.device,
+            "hardware": self.hardware,
             "threads": self.environment.get("threads"),
             "compiled": cost.compiled,
             "cross_kv": self.config.cross_kv,

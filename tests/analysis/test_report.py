@@ -1,5 +1,6 @@
 """From rows to points, tables, claims, figure and the gqa-report command."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -19,7 +20,7 @@ from analysis.stats import Estimate
 from analysis.study import Study, read_study, time_setting
 from analysis.tables import console_table, frame, recipes, table_markdown
 from gqa_exp.errors import InputError
-from gqa_exp.results import read_examples, write_examples
+from gqa_exp.results import read_examples, write_examples, write_result
 
 BASE = {"debian_synopsis": 34.0, "en_de": 40.0, "debian_cloze": 30.0}
 LOSS = {8: 0.0, 2: 1.0, 1: 4.0}
@@ -33,6 +34,24 @@ def claim(study: Study, statement: str) -> Claim:
     found = [each for each in all_claims(study) if each.statement.startswith(statement)]
     assert len(found) == 1, [each.statement for each in all_claims(study)]
     return found[0]
+
+
+# -- times
+
+
+def test_times_are_of_the_hardware_and_kind_that_was_timed(rows) -> None:
+    elsewhere = {"environment": {"cpu": "Another CPU", "threads": 1}}
+    mha, mqa = rows.add(8, 0.0, 33.0, **elsewhere), rows.add(1, 0.0, 30.0, speedup=2.0)
+    for row in (mha, mqa):
+        write_result(rows.folder, dataclasses.replace(row, time={**row.time, "hardware": "A CPU, 2 threads"}))
+    study = read_study(rows.folder)
+    assert str(study.setting).startswith("A CPU, 2 threads; ")
+    assert all(point.time for point in study.points)
+    assert not study.notes
+    write_result(rows.folder, dataclasses.replace(mqa, time={**mqa.time, "cross_kv": "recomputed"}))
+    study = read_study(rows.folder)
+    assert sum(bool(point.time) for point in study.points) == 1
+    assert "values recomputed): their times are not shown" in "".join(study.notes)
 
 
 # -- tables
@@ -106,6 +125,56 @@ def test_failed_and_diverged_rows_are_counted_and_listed(rows) -> None:
     assert "out of memory" in text
     assert frame(study)["unfinished"].sum() == 3
     assert "| diverged |" in table_markdown(study)
+
+
+def test_scores_say_what_they_miss_of_runs_that_diverged(rows) -> None:
+    for seed in range(3):
+        rows.add(8, 0.02, 33.0, seed=seed)
+        lost = {"status": "diverged", "score": None, "examples": False} if seed else {}
+        rows.add(1, 0.02, 30.0, seed=seed, **lost)
+    rows.add(1, 0.02, 30.0, "en_de")
+    study = read_study(rows.folder)
+    cells = next(line for line in table_markdown(study).splitlines() if line.startswith("| MQA"))
+    assert "] (2 of 3 diverged) |" in cells
+    assert "| 1 |" in cells, "one seed on either task"
+    assert "| 3 |" in next(line for line in table_markdown(study).splitlines() if line.startswith("| MHA"))
+    assert claim(study, "MQA (0.02) scores below").evidence.endswith("; 2 of 3 diverged of MQA (0.02)")
+
+
+def test_splits_of_a_task_stand_apart(rows) -> None:
+    rows.demo(demo_quality)
+    assert read_study(rows.folder).has_mean
+    rows.add(8, 0.02, 50.0, split="dev", suffix="-dev")
+    study = read_study(rows.folder)
+    line = frame(study).set_index(["label", "proportion"]).loc[("MHA", 0.02)]
+    assert line["debian_synopsis (dev).rouge1"] == pytest.approx(50, abs=3)
+    assert line["debian_synopsis.rouge1"] == pytest.approx(34, abs=3)
+    assert "| debian_synopsis (dev) ROUGE-1 |" in table_markdown(study)
+    assert not study.has_mean
+
+
+def test_rows_of_other_settings_or_examples_are_told(rows) -> None:
+    alike = {"evaluate.version": 5, "evaluate.evaluation.dtype": "bfloat16", "finetune.data": "d", "uptrain.version": 3}
+    rows.add(8, 0.02, 33.0, settings=alike)
+    mqa = rows.add(1, 0.02, 30.0, settings=alike)
+    assert read_study(rows.folder).notes == []
+    old = rows.add(1, 0.02, 35.0, settings={**alike, "evaluate.version": 4}, suffix="-old", dev_score=90.0)
+    write_result(rows.folder, dataclasses.replace(old, ended="2025-01-01T00:00:00", finetune={"lr": 1.0}))
+    study = read_study(rows.folder)
+    assert study.notes == ["debian_synopsis-MQA-0.02-0-mean-old (MQA on debian_synopsis, proportion 0.02, seed 0) is "
+                           "superseded by the later debian_synopsis-MQA-0.02-0-mean and not shown."]  # fmt: skip
+    write_result(rows.folder, dataclasses.replace(mqa, settings={**alike, "evaluate.version": 4}))
+    (rows.folder / f"{old.key}.json").unlink()
+    assert "evaluate.version (4, 5)" in "".join(read_study(rows.folder).notes)
+    write_result(rows.folder, dataclasses.replace(mqa, settings={}))
+    assert "1 rows are of before rows told" in "".join(read_study(rows.folder).notes)
+    write_result(rows.folder, dataclasses.replace(mqa, settings=alike))
+    other = read_examples(rows.folder, mqa.key)
+    other["references"] = [["another"]] * len(other)
+    write_examples(rows.folder, mqa.key, other)
+    study = read_study(rows.folder)
+    assert "no paired interval" in claim(study, "MQA (0.02) scores below").evidence
+    assert "not all rows are of the same examples" in "".join(study.notes)
 
 
 def test_times_of_another_machine_or_missing_are_not_mixed_in(rows) -> None:

@@ -19,10 +19,11 @@ from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.pipeline import stages
 from gqa_exp.pipeline.closing import close
 from gqa_exp.pipeline.plan import Plan
-from gqa_exp.pipeline.point import results_folder, run_point, store_of
+from gqa_exp.pipeline.point import new_result, results_folder, run_point, store_of
 from gqa_exp.pipeline.stages import Pipeline
 from gqa_exp.pipeline.store import Stage, Store, key_of
 from gqa_exp.results import Result, read_examples, read_results
+from gqa_exp.timing.environment import hardware_id
 from gqa_exp.training import loop
 from gqa_exp.training.loop import Diverged
 from gqa_exp.training.state import TrainingState
@@ -122,6 +123,18 @@ def test_point_row_and_sharing_between_tasks(make_config: Make, monkeypatch: pyt
     assert again.per_example["rouge1"] == pytest.approx(list(examples["baseline.lead.rouge1"]))
     assert row.finetune["lr"] == config.finetune.lr
     assert row.finetune["max_input_tokens"] == 32
+    assert row.settings["evaluate.version"] == stages.EVALUATE_VERSION
+    assert row.settings["finetune.task.prompt"] == config.task.prompt
+    assert row.settings["finetune.data"] == pipeline(config).finetune_stage.facts["data"]
+    assert row.settings["uptrain.pretrain.batch_size"] == 2
+    alike = make_config(num_kv_heads=1, proportion=0.2, seed=3)
+    assert new_result(pipeline(alike)).settings == row.settings, "what makes the point is not among them"
+    alike.evaluation.dtype = "bfloat16"
+    changed = new_result(pipeline(alike)).settings
+    assert {name for name in changed if changed[name] != row.settings[name]} == {
+        "finetune.dtype",
+        "evaluate.evaluation.dtype",
+    }
 
     other = make_config(num_kv_heads=2, proportion=0.1)
     other.task.name, other.task.kind, other.task.metric = "debian_cloze", "question answering", "f1"
@@ -147,6 +160,43 @@ def test_closing_times_against_mha_and_joins_rows(make_config: Make) -> None:
     assert times.stat().st_mtime_ns == before  # not timed again
 
 
+def test_each_model_of_a_sweep_gets_its_own_times(make_config: Make, tmp_path: Path) -> None:
+    narrow, wide = make_config(num_kv_heads=1, proportion=0.0), make_config(num_kv_heads=1, proportion=0.0)
+    wide.model.d_ff, wide.model.base = 40, str(tmp_path / "wide")
+    TrainingState(T5(T5Config.from_model_config(wide.model)), step=20).save(tmp_path / "wide")
+    plan = Plan([narrow, wide], store_of(narrow))
+    for config in (narrow, wide):
+        run_point(config, plan)
+    close([narrow, wide], plan)
+    rows = {row.stages["base"]: row for row in read_results(results_folder(narrow))}
+    times = [rows[pipeline(config).base_key].time for config in (narrow, wide)]
+    difference = times[1]["decode_step_bytes"] - times[0]["decode_step_bytes"]  # type: ignore[operator]
+    assert difference == 2 * 3 * 16 * (40 - 24) * 4, "layers, matrices, D, F, bytes"
+    assert len({row.stages["time"] for row in rows.values()}) == 2
+
+
+def test_a_row_is_joined_to_the_timing_of_now(make_config: Make) -> None:
+    first, other = (make_config(num_kv_heads=1, proportion=proportion) for proportion in (0.0, 0.1))
+    plan = Plan([first, other], store_of(first))
+    for config in (first, other):
+        run_point(config, plan)
+    close([first, other], plan)
+    before = {row.proportion: row for row in read_results(results_folder(first))}
+    assert before[0.0].time["hardware"] == hardware_id("cpu")
+    assert before[0.0].time["per_sample"] == before[0.1].time["per_sample"]
+    assert before[0.0].time["natural_length_per_sample"] > 0  # type: ignore[operator]
+    assert before[0.1].time["natural_length_per_sample"] is None, "its own checkpoint was not timed"
+    first.timing.source_length = 16
+    run_point(first, plan)
+    close([first], plan)
+    after = {row.proportion: row for row in read_results(results_folder(first))}
+    cache = 2 * 2 * 1 * 4 * (16 + 3) * 4
+    assert after[0.0].kv_cache_bytes_per_sample_allocated == after[0.0].kv_cache_bytes_per_sample == cache
+    assert after[0.0].time["source_length"] == 16
+    assert after[0.0].config_hash != before[0.0].config_hash
+    assert after[0.1].row() == before[0.1].row()
+
+
 def test_rows_without_their_checkpoints_are_left_as_they_are(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,6 +209,25 @@ def test_rows_without_their_checkpoints_are_left_as_they_are(
     (row,) = read_results(results_folder(config))
     assert not row.time
     assert "the store has no checkpoint of MQA" in caplog.text
+
+
+def test_a_row_tells_where_its_stages_were_computed(make_config: Make) -> None:
+    config = make_config(num_kv_heads=1, proportion=0.1)
+    row = run_point(config, Plan([config], store_of(config)))
+    assert "finetune_git_commit" not in row.environment
+    its = pipeline(config)
+    for stage, commit, seconds in ((its.finetune_stage, "earlier", 0.0), (its.evaluate_stage, "later", 7.0)):
+        path = its.store.folder(stage) / "stage.json"
+        record = json.loads(path.read_text())
+        record["environment"]["git_commit"], record["seconds"] = commit, seconds
+        path.write_text(json.dumps(record))
+    (results_folder(config) / f"{row.key}.json").unlink()
+    again = run_point(config, Plan([config], store_of(config)))
+    assert again.environment["git_commit"] == "later"
+    assert again.environment["finetune_git_commit"] == "earlier"
+    assert again.environment["uptrain_git_commit"] == row.environment["git_commit"]
+    assert again.training["evaluate_seconds"] == 7.0
+    assert again.training["finetune_seconds"] > 0, "its steps took longer than the process that was left with the rest"
 
 
 def test_divergence_is_an_outcome_and_is_remembered(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
