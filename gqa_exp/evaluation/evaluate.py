@@ -110,7 +110,8 @@ def evaluate_model(
         progress: what the progress bar calls this evaluation; empty for none. Shown on a terminal only.
 
     Raises:
-        InputError: what `score` and `batches_by_length` refuse; before anything is generated.
+        InputError: what `score` and `batches_by_length` refuse, before anything is generated; logits that are not
+            finite: an output from them would be scored as if the model had meant it.
     """
     check_examples(len(encoded_inputs), references)
     metric_of_kind(kind)
@@ -127,7 +128,13 @@ def evaluate_model(
             for batch in bar.track(batches, description=progress):
                 ids_BS, mask_BS = pad([encoded_inputs[i] for i in batch], model.config.pad_id)
                 mask_BS = None if mask_BS is None else mask_BS.to(device)
-                output_BT = generate(prepared, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
+                try:
+                    output_BT = generate(prepared, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
+                except FloatingPointError as error:
+                    raise InputError(
+                        f"decoding gave {error}, so its outputs mean nothing; where that is float16, "
+                        "evaluation.dtype=bfloat16 holds larger numbers, else the checkpoint is broken"
+                    ) from error
                 for index, output in zip(batch, output_BT.tolist(), strict=True):
                     ended = model.config.eos_id in output
                     length = output.index(model.config.eos_id) if ended else len(output)

@@ -35,6 +35,7 @@ def generate(
 
     Raises:
         ValueError: `max_new_tokens` is below 1.
+        FloatingPointError: with `stop_at_eos`, where outputs count: some logits were not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
@@ -47,10 +48,13 @@ def generate(
     rows_B = torch.arange(B, device=input_ids.device)  # of the sequences that are still decoded
     token_B = input_ids.new_full((B,), config.decoder_start_id)
     ended_B = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+    sound = torch.ones((), dtype=torch.bool, device=input_ids.device)
     look_every = LOOK_EVERY.get(input_ids.device.type, 1)
     for position in range(max_new_tokens):
-        token_B = model.step(token_B, state).argmax(-1)
+        logits_BV = model.step(token_B, state)
+        token_B = logits_BV.argmax(-1)
         if stop_at_eos:
+            sound &= logits_BV.gather(1, token_B[:, None]).isfinite().all()  # argmax finds NaN before any number
             token_B = token_B.masked_fill(ended_B, config.pad_id)
             ended_B |= token_B == config.eos_id
         ids_BT[rows_B, position] = token_B
@@ -61,6 +65,8 @@ def generate(
             if 2 * len(going_B) <= len(ended_B) and not model.compiled:  # a graph has a fixed batch
                 state.keep(going_B)
                 rows_B, token_B, ended_B = rows_B[going_B], token_B[going_B], ended_B[going_B]
+    if not sound:
+        raise FloatingPointError(f"logits that are not finite in {logits_BV.dtype}")
     return _cut(ids_BT, config.eos_id) if stop_at_eos else ids_BT
 
 

@@ -58,7 +58,11 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
         k_BGSK: the first S positions of a contiguous cache.
         v_BGSK: the same.
         bias: added to the scores, broadcastable to (B, G, R, S), its last axis contiguous; or None.
+
+    Raises:
+        TypeError: they are of several number formats.
     """
+    _check_alike(q_BGRK, k_BGSK, v_BGSK, bias)
     B, G, R, K = q_BGRK.shape
     end = k_BGSK.shape[2]
     out_BGRK = q_BGRK.new_empty(q_BGRK.shape)
@@ -115,7 +119,9 @@ def linear(
 
     Raises:
         MemoryError: no room for a copy of x.
+        TypeError: they are of several number formats.
     """
+    _check_alike(x, packed, norm, residual)
     x = x.contiguous()
     inputs = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], outputs // 2 if gated else outputs))
@@ -133,6 +139,13 @@ torch.library.custom_op("gqa_exp::linear", linear, mutates_args=()).register_fak
         (*x.shape[:-1], outputs // 2 if gated else outputs)
     )
 )
+
+
+def _check_alike(first: Tensor, *others: Tensor | None) -> None:
+    """The kernels would take the bits of one number format for those of another."""
+    for other in others:
+        if other is not None and other.dtype != first.dtype:
+            raise TypeError(f"number formats differ: {first.dtype} and {other.dtype}")
 
 
 @functools.cache

@@ -59,6 +59,31 @@ def test_inputs_that_fit_no_batch_are_named() -> None:
         batches_by_length([3, 0], 8)
 
 
+def test_outputs_of_logits_that_are_not_finite_are_not_scored() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.feed_forward.wo.weight.mul_(1e4)  # type: ignore[union-attr,operator]
+    inputs, references = tiny_inputs(3), [["2 3"]] * 3
+
+    def evaluate(dtype: torch.dtype) -> None:
+        evaluate_model(
+            model.to(dtype), NumberTokenizer(), inputs, references, kind="summarization", max_new_tokens=5,
+            batch_tokens=100,
+        )  # fmt: skip
+
+    evaluate(torch.bfloat16)
+    with pytest.raises(InputError, match=r"not finite in torch.float16.*evaluation.dtype=bfloat16"):
+        evaluate(torch.float16)
+    with torch.no_grad():
+        model.float().embedding.weight[3, 0] = float("nan")
+    with pytest.raises(InputError, match=r"not finite in torch.float32"):
+        evaluate(torch.float32)
+    with pytest.raises(FloatingPointError):
+        generate(model, torch.tensor([[3, EOS]]), max_new_tokens=2)
+    assert generate(model, torch.tensor([[3, EOS]]), max_new_tokens=2, stop_at_eos=False).shape == (1, 2)
+
+
 def test_padding_is_masked_by_length() -> None:
     ids, mask = pad([[5, 0, 7], [8]], 0)
     assert ids.tolist() == [[5, 0, 7], [8, 0, 0]]

@@ -134,3 +134,22 @@ def test_without_a_compiler_or_such_a_cpu_there_is_no_kernel(monkeypatch, tmp_pa
     assert fresh() is None
     assert "torch's operations serve" in caplog.text
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_several_number_formats_are_refused(dtype):
+    """Their bits would be taken for those of the first."""
+    other = torch.float64
+    q, k = torch.randn(2, 1, 3, 32).to(dtype), torch.randn(2, 1, 5, 32).to(dtype)
+    assert native.attend(q, k, k, None).dtype == dtype
+    for wrong in (
+        (q, k.to(other), k, None),
+        (q, k, k.to(other), None),
+        (q, k, k, torch.zeros(1, 1, 1, 5, dtype=other)),
+    ):
+        with pytest.raises(TypeError, match="number formats differ"):
+            native.attend(*wrong)
+    packed = native.pack(torch.randn(32, 32).to(dtype))
+    with pytest.raises(TypeError, match="number formats differ"):
+        native.linear(torch.randn(2, 32, dtype=other), packed, 32)
+    with pytest.raises(TypeError, match="number formats differ"):
+        native.linear(torch.randn(2, 32).to(dtype), packed, 32, residual=torch.zeros(2, 32, dtype=other))
