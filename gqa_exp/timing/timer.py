@@ -25,6 +25,7 @@ from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.host import resolve_dtype, supports_dtype
 from gqa_exp.model import T5, InferenceT5, T5Config, generate, native
+from gqa_exp.model.generate import likeliest
 from gqa_exp.results import TIME_FIELDS, Scalar
 from gqa_exp.timing.compose import Composition, Sample, at_depth
 from gqa_exp.timing.cost import BYTES_PER_ELEMENT, Bound, Device, Work, bound
@@ -639,7 +640,7 @@ class ModelRunner:
         readings.append(clock())
         token_B = self.input_ids.new_full((self.input_ids.shape[0],), self.model.config.decoder_start_id)
         for _ in range(self.config.output_length):
-            token_B = self.model.step(token_B, state).argmax(-1)
+            token_B = likeliest(self.model.step(token_B, state))
             readings.append(clock())
         self._allocated = (state.cross_cache_bytes() + state.self_cache_bytes()) // self.input_ids.shape[0]
         encode, cross_cache, first_token, *steps = np.diff(readings).tolist()
@@ -723,7 +724,7 @@ class PartsRunner:
         def step(fill: int) -> float:
             state.length = fill - 1
             start = clock()
-            model.step(token_B, state).argmax(-1)
+            likeliest(model.step(token_B, state))
             return clock() - start
 
         repeats = 1

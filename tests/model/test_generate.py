@@ -1,12 +1,16 @@
 import itertools
+import math
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gqa_exp.host import supports_dtype
 from gqa_exp.model import generate, native
 from gqa_exp.model.checkpoint import load, save_hf
+from gqa_exp.model.generate import likeliest
 from gqa_exp.model.inference import InferenceT5, PackedLinear
 from gqa_exp.pipeline.stages import SHIPPED
 
@@ -233,6 +237,20 @@ def test_generates_with_other_special_ids(tiny_model):
             ended += 1
             assert (out[row, int(ends[0]) + 1 :] == 3).all()
     assert ended
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([-2.0, 0.5, 1.0, 3.0, -math.inf, math.inf, math.nan]), min_size=40, max_size=40),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_the_likeliest_is_what_argmax_finds(dtype, rows):
+    logits = torch.tensor(rows, dtype=dtype)
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("count", [0, -1])
