@@ -421,7 +421,9 @@ def _caption(study: Study) -> str:
     if floors:
         timing += f"; differences below the noise floor of {100 * max(floors):.1f} % are none"
     seeds = sorted({seed for point in study.points for seed in point.seeds})
-    trained = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    counts = sorted({len(runs) for point in study.points for runs in point.runs.values()}) or [0]
+    several = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    trained = f"seed {seeds[0]}" if len(seeds) == 1 else f"{several} seeds"
     return (
         f"Numbers at points: uptraining proportion; points of one architecture share its time and stand side by side. "
         f"{timing}. Error bars: 95 % intervals of the score over evaluated examples, of the median time over rounds; "

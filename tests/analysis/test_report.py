@@ -437,6 +437,9 @@ def test_caption_says_hardware_lengths_and_condition(rows) -> None:
     caption = " ".join(" ".join(text.get_text() for text in frontier(read_study(rows.folder)).texts).split())
     for part in ("A CPU, 2 threads", "batch 64", "source 1024", "output 64", "conditional on one base"):
         assert part in caption
+    rows.add(8, 0.02, 33.0, seed=1)
+    caption = " ".join(" ".join(text.get_text() for text in frontier(read_study(rows.folder)).texts).split())
+    assert "1 to 2 seeds" in caption
 
 
 def test_the_threads_of_a_time_are_those_of_its_process(rows) -> None:
