@@ -113,11 +113,13 @@ class Point:
         return [result for runs in self.runs.values() for result in runs.values()]
 
     def lost(self, task: Task | None) -> str:
-        """What a score, or the mean over tasks, does not hold of its runs: "2 of 3 diverged"; "" where all finished.
+        """What a score, or the mean over tasks, does not hold of its seeds: "2 of 3 diverged"; "" where all finished.
 
         It is not the score of all then, since what diverges is not drawn by chance.
         """
-        lost, done = ([r for r in rows if task in (None, task_of(r))] for rows in (self.unfinished, self.rows))
+        done = [row for row in self.rows if task in (None, task_of(row))]
+        without = [row for row in self.unfinished if row.seed not in self.runs.get(task_of(row), {})]
+        lost = [row for row in without if task in (None, task_of(row))]
         statuses = ", ".join(sorted({"without score" if row.status == "done" else row.status for row in lost}))
         return f"{len(lost)} of {len(lost) + len(done)} {statuses}" if lost and done else statuses
 

@@ -133,6 +133,7 @@ def test_scores_say_what_they_miss_of_runs_that_diverged(rows) -> None:
         lost = {"status": "diverged", "score": None, "examples": False} if seed else {}
         rows.add(1, 0.02, 30.0, seed=seed, **lost)
     rows.add(1, 0.02, 30.0, "en_de")
+    rows.add(1, 0.02, 30.0, suffix="-failed before", status="failed", score=None, examples=False)
     study = read_study(rows.folder)
     cells = next(line for line in table_markdown(study).splitlines() if line.startswith("| MQA"))
     assert "] (2 of 3 diverged) |" in cells
