@@ -60,18 +60,13 @@ def grouped_attention(
         # those for CPU are slower than this.
         scores_BGLS = q_BGLK @ k_BGSK.transpose(-1, -2)
         if bias_BGLS is not None:
-            scores_BGLS = scores_BGLS + _finite(bias_BGLS, scores_BGLS.dtype)
+            scores_BGLS = scores_BGLS + bias_BGLS.to(scores_BGLS.dtype)
         weights_BGLS = scores_BGLS.softmax(dim=-1)  # accumulates in float32 whatever the dtype
         out_BGLK = F.dropout(weights_BGLS, dropout) @ v_BGSK
     else:
-        added = None if bias_BGLS is None else _finite(bias_BGLS, q_BGLK.dtype)
+        added = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
         out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, added, dropout, scale=1.0)
     return out_BGLK.view(B, G, R, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
-
-
-def _finite(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias in another number format, where what masks must stay finite: a row of nothing else would be NaN."""
-    return bias if bias.dtype == dtype else bias.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _fold_bias(bias: Tensor, G: int, R: int, T: int, S: int) -> Tensor:

@@ -391,11 +391,15 @@ def allow_many_versions() -> None:
 
 
 def additive_mask(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, S) of ones and zeros to an additive mask (B, 1, 1, S); None stays None."""
+    """(B, S) of ones and zeros to an additive mask (B, 1, 1, S); None stays None.
+
+    What hides is finite in bfloat16 too, which autocast may make of it: of minus infinity alone softmax is NaN.
+    """
     if attention_mask is None:
         return None
     hidden = (attention_mask == 0)[:, None, None, :]
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+    least = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, least)
 
 
 def initial_std(parameter: str, config: T5Config) -> float:
