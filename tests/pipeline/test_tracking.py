@@ -1,6 +1,8 @@
 """What reaches Weights & Biases: read back from the offline run's own file."""
 
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ def records(folder: Path) -> list[Record]:
             position += room
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            break  # not written to its end yet
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -38,11 +42,23 @@ def records(folder: Path) -> list[Record]:
     return found
 
 
+def records_once(folder: Path, complete: Callable[[list[Record]], bool]) -> list[Record]:
+    """The same, once they are complete: another process writes them, and may be at it still when the run has ended."""
+    deadline = time.monotonic() + 60
+    while not complete(found := records(folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def kinds(found: list[Record]) -> set[str | None]:
+    return {entry.WhichOneof("record_type") for entry in found}
+
+
 def test_an_offline_run_holds_name_group_tags_and_what_was_logged(config: Config, tmp_path: Path) -> None:
     with tracking(config, "pretrain mini seed 0", "pretrain", "job", ["mini"], "key") as tracker:
         for logger in tracker.loggers:
             logger.log_metrics({"pretrain/heldout_loss": 4.25, "pretrain/step": 500})
-    found = records(tmp_path)
+    found = records_once(tmp_path, lambda found: kinds(found) >= {"run", "history"})
     [run] = {entry.run.run_id: entry.run for entry in found if entry.WhichOneof("record_type") == "run"}.values()
     assert (run.display_name, run.run_group, run.job_type, list(run.tags)) == (
         "pretrain mini seed 0", "pretrain", "job", ["mini"],
