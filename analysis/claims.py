@@ -121,7 +121,7 @@ def _points(estimate: Estimate) -> str:
 
 def _lost(points: Sequence[Point], task: Task | None) -> str:
     """Which of the compared points have runs that did not finish, and are compared by the others."""
-    return "".join(f"; {lost} of {point.name}" for point in points if (lost := point.lost(task)))
+    return "".join(f"; {point.name}: {lost}" for point in points if (lost := point.lost(task)))
 
 
 def quality_claims(study: Study) -> list[Claim]:

@@ -166,8 +166,9 @@ def seed_deviations(count: int) -> FloatArray:
     """How the mean over `count` seeds may lie off, as weights of the seeds' own deviations from it: (RESAMPLES, count).
 
     Their product with deviations of standard deviation s (n - 1) is distributed as s / sqrt(n) times Student's t of
-    n - 1 degrees of freedom: what is known of a mean of n normal values. Few seeds cannot be resampled instead: of
-    three, that gives intervals which miss in 25 % of cases. One seed has no deviation: no interval can be had from it.
+    n - 1 degrees of freedom: what is known of a mean of n normal values. Few seeds cannot be resampled instead: that
+    interval reaches from one of three to another, and the mean lies beyond all of them in 25 % of cases. One seed has
+    no deviation: no interval can be had from it.
     """
     generator = np.random.default_rng([SEED, zlib.crc32(b"seeds")])
     if count == 1:

@@ -27,8 +27,6 @@ METRIC_NAMES = {
     "f1": "F1",
     "exact_match": "EM",
 }
-UNTOLD = {"dtype": "unknown dtype", "cross_kv": "cached"}
-"""What stands for entries of a row's time that it does not have."""
 SCORE_TOLERANCE = 0.05
 """By how much a row's score may differ from that of its examples; more, and they do not belong together."""
 
@@ -42,10 +40,14 @@ class Task(NamedTuple):
     metric: str
 
     @property
+    def label(self) -> str:
+        """The name, with the split where it is not the test split."""
+        return self.name if self.split == "test" else f"{self.name} ({self.split})"
+
+    @property
     def title(self) -> str:
-        """For headings: "debian_synopsis, ROUGE-1", with the split where it is not the test split."""
-        split = "" if self.split == "test" else f" ({self.split})"
-        return f"{self.name}{split}, {METRIC_NAMES.get(self.metric, self.metric)}"
+        """For headings: "debian_synopsis, ROUGE-1"."""
+        return f"{self.label}, {METRIC_NAMES.get(self.metric, self.metric)}"
 
 
 class Variant(NamedTuple):
@@ -118,9 +120,12 @@ class Point:
         It is not the score of all then, since what diverges is not drawn by chance.
         """
         done = [row for row in self.rows if task in (None, task_of(row))]
-        without = [row for row in self.unfinished if row.seed not in self.runs.get(task_of(row), {})]
-        lost = [row for row in without if task in (None, task_of(row))]
-        statuses = ", ".join(sorted({"without score" if row.status == "done" else row.status for row in lost}))
+        lost = {  # once, however often it was tried
+            (task_of(row), row.seed): "without score" if row.status == "done" else row.status
+            for row in self.unfinished
+            if task in (None, task_of(row)) and row.seed not in self.runs.get(task_of(row), {})
+        }
+        statuses = ", ".join(sorted(set(lost.values())))
         return f"{len(lost)} of {len(lost) + len(done)} {statuses}" if lost and done else statuses
 
     def time_estimate(self, entry: str) -> Estimate | None:
@@ -405,7 +410,8 @@ def time_setting(result: Result) -> TimeSetting | None:
     batch, source, output = (
         int(number(result.time.get(name)) or 0) for name in ("batch_size", "source_length", "output_length")
     )
-    dtype, cross_kv = (str(result.time.get(name) or other) for name, other in UNTOLD.items())
+    dtype = str(result.time.get("dtype") or "unknown dtype")
+    cross_kv = str(result.time.get("cross_kv") or "cached")
     return TimeSetting(device, hardware, batch, source, output, dtype, cross_kv)
 
 

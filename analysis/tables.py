@@ -39,11 +39,6 @@ def _seeds(point: Point) -> str:
     return _span([len(runs) for runs in point.runs.values()], 0)
 
 
-def _column(task: Task) -> str:
-    """The task's name in a table, with the split where it is not the test split."""
-    return task.name if task.split == "test" else f"{task.name} ({task.split})"
-
-
 def frame(study: Study) -> pd.DataFrame:
     """The whole table with plain numbers: one row per point, then one per baseline of a task.
 
@@ -67,7 +62,7 @@ def frame(study: Study) -> pd.DataFrame:
         }
         reference, base = study.reference(point), study.mha(point, 0.0)
         for task in [*study.tasks, None] if study.has_mean else study.tasks:
-            column = f"{_column(task)}.{task.metric}" if task else "mean"
+            column = f"{task.label}.{task.metric}" if task else "mean"
             _put(row, column, study.score(point, task))
             if task:
                 row[f"{column}_spread"] = study.spread(point, task)
@@ -89,7 +84,7 @@ def frame(study: Study) -> pd.DataFrame:
         row["parameters"] = _cost(point, "parameters")
         rows.append(row)
     for name, values in baselines(study).items():
-        scores = {f"{_column(task)}.{task.metric}": value for task, value in values.items()}
+        scores = {f"{task.label}.{task.metric}": value for task, value in values.items()}
         rows.append({"label": f"{name} baseline", **scores})
     return pd.DataFrame(rows)
 
@@ -119,8 +114,8 @@ def cells(study: Study) -> tuple[list[str], list[list[str]]]:
     """Header and text cells of the table for readers: quality and time of each point in one row, then baselines."""
     several_models = len({point.variant.model for point in study.points}) > 1
     header = ["point", "method", "proportion", "seeds"]
-    header += [f"{_column(task)} {METRIC_NAMES.get(task.metric, task.metric)}" for task in study.tasks]
-    header += ["mean", "mean vs MHA"] if study.has_mean else [f"{_column(task)} vs MHA" for task in study.tasks]
+    header += [f"{task.label} {METRIC_NAMES.get(task.metric, task.metric)}" for task in study.tasks]
+    header += ["mean", "mean vs MHA"] if study.has_mean else [f"{task.label} vs MHA" for task in study.tasks]
     header += ["ms per sample", "bound", "speed-up", "step speed-up", "KV KiB per sample", "parameters"]
     rows = []
     for point in study.points:

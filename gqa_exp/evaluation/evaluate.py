@@ -128,18 +128,17 @@ def evaluate_model(
             for batch in bar.track(batches, description=progress):
                 ids_BS, mask_BS = pad([encoded_inputs[i] for i in batch], model.config.pad_id)
                 mask_BS = None if mask_BS is None else mask_BS.to(device)
-                try:
-                    output_BT = generate(prepared, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
-                except FloatingPointError as error:
-                    raise InputError(
-                        f"decoding gave {error}, so its outputs mean nothing; where that is float16, "
-                        "evaluation.dtype=bfloat16 holds larger numbers, else the checkpoint is broken"
-                    ) from error
+                output_BT = generate(prepared, ids_BS.to(device), mask_BS, max_new_tokens=max_new_tokens)
                 for index, output in zip(batch, output_BT.tolist(), strict=True):
                     ended = model.config.eos_id in output
                     length = output.index(model.config.eos_id) if ended else len(output)
                     predictions[index] = tokenizer.decode(output[:length])
                     generated += length + ended
+    except FloatingPointError as error:
+        raise InputError(
+            f"decoding gave {error}, so its outputs mean nothing; where that is float16, "
+            "evaluation.dtype=bfloat16 holds larger numbers, else the checkpoint is broken"
+        ) from error
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started

@@ -26,10 +26,12 @@ from gqa_exp.training.loop import Diverged
 
 logger = logging.getLogger(__name__)
 
-OF_THE_POINT = ("base", "num_kv_heads", "method", "seed", "step")
-OF_THE_STAGES = ("convert", "parent", "finetune")
-OF_THE_RECIPE = ("max_input_tokens", "max_target_tokens")
-"""Facts of stages that rows hold elsewhere, or as `stages`."""
+ELSEWHERE = (
+    *("base", "num_kv_heads", "method", "seed", "step"),
+    *("convert", "parent", "finetune"),
+    *("max_input_tokens", "max_target_tokens"),
+)
+"""Facts of stages that are no settings: what makes the point, keys of other stages, what a row's `finetune` holds."""
 CODE_AND_MACHINE = ("git_commit", "git_dirty", "cpu", "gpu", "threads", "version_torch")
 """What is told of each stage's environment where it was another than the evaluation's."""
 
@@ -87,7 +89,7 @@ def _settings(name: str, value: Any) -> Iterator[tuple[str, Scalar]]:
     """Facts of a stage as `STAGE.NAME`, dictionaries opened; without what is None or stands elsewhere in a row."""
     if isinstance(value, dict):
         for entry, inner in value.items():
-            if entry not in (*OF_THE_POINT, *OF_THE_STAGES, *OF_THE_RECIPE):
+            if entry not in ELSEWHERE:
                 yield from _settings(f"{name}.{entry}", inner)
     elif value is not None:
         yield name, json.dumps(value) if isinstance(value, list | tuple) else value

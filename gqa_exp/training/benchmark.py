@@ -60,22 +60,15 @@ class Trainee:
     Args:
         model: trained in place.
         logits: (input ids, decoder input ids) to logits (B, T, V).
-        geometry: of the model.
         batch: input ids (B, S) and labels (B, T).
         dtype: of matrix products; weights are float32.
         compiled: whether the loss is; the model's layers are the caller's to compile.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        logits: Logits,
-        geometry: T5Config,
-        batch: tuple[Tensor, Tensor],
-        dtype: str,
-        compiled: bool,
+        self, model: nn.Module, logits: Logits, batch: tuple[Tensor, Tensor], dtype: str, compiled: bool
     ) -> None:
-        self.model, self.logits, self.geometry = model.train(), logits, geometry
+        self.model, self.logits = model.train(), logits
         self.input_ids, self.labels = batch
         self.decoder_input_ids = torch.cat([torch.zeros_like(self.labels[:, :1]), self.labels[:, :-1]], dim=1)
         self.dtype = dtype
@@ -107,16 +100,6 @@ class Trainee:
             hook.remove()
         return sum(found)
 
-    def attention_flops(self) -> int:
-        """FLOPs of a step's attention: two products forward, and for each two more for gradients; nothing twice.
-
-        Of the decoder's self-attention only the pairs that are not masked.
-        """
-        (B, S), T = self.input_ids.shape, self.labels.shape[1]
-        pairs = self.geometry.num_encoder_layers * S * S
-        pairs += self.geometry.num_decoder_layers * (T * (T + 1) // 2 + T * S)
-        return 12 * B * self.geometry.num_heads * self.geometry.head_dim * pairs
-
     def product_seconds(self, steps: int = 3) -> float:
         """Seconds that products with weights take of a step, the median of a few."""
         found = []
@@ -126,6 +109,15 @@ class Trainee:
             averages = profiled.key_averages()
             found.append(sum(event.self_cpu_time_total for event in averages if event.key in PRODUCTS) * 1e-6)
         return float(np.median(found))
+
+
+def attention_flops(geometry: T5Config, B: int, S: int, T: int) -> int:
+    """FLOPs of a step's attention: two products forward, and for each two more for gradients; nothing twice.
+
+    Of the decoder's self-attention only the pairs that are not masked.
+    """
+    pairs = geometry.num_encoder_layers * S * S + geometry.num_decoder_layers * (T * (T + 1) // 2 + T * S)
+    return 12 * B * geometry.num_heads * geometry.head_dim * pairs
 
 
 def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed: int) -> dict[str, Trainee]:
@@ -146,8 +138,8 @@ def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed:
             allow_many_versions()
             for block in (*theirs.encoder.block, *theirs.decoder.block):
                 block.compile()
-        found[f"ours {form}"] = Trainee(mine, mine, geometry, batch, dtype, compiled)
-        found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), geometry, batch, dtype, compiled)
+        found[f"ours {form}"] = Trainee(mine, mine, batch, dtype, compiled)
+        found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype, compiled)
     losses = {name: trainee.loss().item() for name, trainee in found.items()}
     if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
         raise RuntimeError(f"the same weights give different losses: {losses}")
@@ -192,7 +184,6 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
     best = {side: max((form for form in speeds if form.startswith(side)), key=speeds.__getitem__) for side in sides}
     ratio = median_interval(seconds[best["transformers"]] / seconds[best["ours"]])
     assert ratio is not None
-    ours = contestants[best["ours"]]
     return {
         "model": model,
         "shape": shape,
@@ -200,9 +191,9 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
         "tokens_per_second": speeds,
         "best": best,
         "ratio": vars(ratio),
-        "product_seconds": ours.product_seconds(),
+        "product_seconds": contestants[best["ours"]].product_seconds(),
         "product_flops": contestants["ours eager"].product_flops(),
-        "attention_flops": ours.attention_flops(),
+        "attention_flops": attention_flops(geometry, B, S, T),
         "step_seconds": {name: each.tolist() for name, each in seconds.items()},
     }
 

@@ -133,13 +133,14 @@ def test_scores_say_what_they_miss_of_runs_that_diverged(rows) -> None:
         lost = {"status": "diverged", "score": None, "examples": False} if seed else {}
         rows.add(1, 0.02, 30.0, seed=seed, **lost)
     rows.add(1, 0.02, 30.0, "en_de")
-    rows.add(1, 0.02, 30.0, suffix="-failed before", status="failed", score=None, examples=False)
+    for suffix, seed in (("-failed before", 0), ("-failed too", 1)):
+        rows.add(1, 0.02, 30.0, seed=seed, suffix=suffix, status="diverged", score=None, examples=False)
     study = read_study(rows.folder)
     cells = next(line for line in table_markdown(study).splitlines() if line.startswith("| MQA"))
     assert "] (2 of 3 diverged) |" in cells
     assert "| 1 |" in cells, "one seed on either task"
     assert "| 3 |" in next(line for line in table_markdown(study).splitlines() if line.startswith("| MHA"))
-    assert claim(study, "MQA (0.02) scores below").evidence.endswith("; 2 of 3 diverged of MQA (0.02)")
+    assert claim(study, "MQA (0.02) scores below").evidence.endswith("; MQA (0.02): 2 of 3 diverged")
 
 
 def test_splits_of_a_task_stand_apart(rows) -> None:

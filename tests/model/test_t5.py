@@ -372,3 +372,22 @@ def test_a_sweep_of_many_variants_stays_compiled(tiny_config, monkeypatch: pytes
         assert frames["ok"] == frames["total"] > 8
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_a_sample_that_is_masked_as_a_whole_does_not_spoil_the_others(dropout, head_dim):
+    """As data with an empty input has it; under autocast the mask is float32, whose least number bfloat16 lacks."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=64, d_ff=96, num_heads=4, head_dim=head_dim, num_encoder_layers=1, num_decoder_layers=1
+    )
+    model = T5(config).train()
+    model.set_dropout(dropout)
+    mask = torch.ones(3, 21, dtype=torch.long)
+    mask[1] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randint(2, 64, (3, 21)), torch.randint(2, 64, (3, 5)), mask)
+    logits.float().mean().backward()
+    assert logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
