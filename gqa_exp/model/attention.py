@@ -156,6 +156,18 @@ torch.library.custom_op("gqa_exp::cache_attention", cache_attention, mutates_arg
 )
 
 
+def _gpu_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
+    """A decode step's attention on a GPU: by the kernel of `gpu_attention.py`, or by SDPA what it does not take."""
+    if q_BGRK.is_cuda:
+        from gqa_exp.model import gpu_attention  # not at the top: Triton comes with torch's builds for GPUs alone
+
+        if gpu_attention.serves(q_BGRK.shape[3], q_BGRK.shape[2]):
+            return gpu_attention.attend(q_BGRK, k_BGSK, v_BGSK, bias)
+    if bias is not None:  # a view of the bias by distance may begin anywhere, which SDPA's kernels do not take
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias, scale=1.0)
+
+
 class KVCache:
     """Preallocated keys and values of one attention site while decoding, and the attention of a step over them.
 
@@ -220,7 +232,7 @@ class KVCache:
         """
         k_BGSK, v_BGSK = self.k_BGSK[:, :, :end], self.v_BGSK[:, :, :end]
         if q_BGRK.device.type != "cpu":
-            return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias, scale=1.0)
+            return _gpu_attention(q_BGRK, k_BGSK, v_BGSK, bias)
         if torch.compiler.is_compiling():
             return torch.ops.gqa_exp.cache_attention(q_BGRK, k_BGSK, v_BGSK, bias, self.native)  # type: ignore[no-any-return]
         return cache_attention(q_BGRK, k_BGSK, v_BGSK, bias, self.native)

@@ -23,11 +23,16 @@ from torch import Tensor, nn
 from gqa_exp.host import can_compile, supports_dtype
 from gqa_exp.model import native
 from gqa_exp.model.attention import KVCache
+from gqa_exp.model.graphs import RecordedSteps
 from gqa_exp.model.t5 import T5, DecoderLayer, RMSNorm, activate, additive_mask, allow_many_versions
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 STRETCH = 128
-"""A compiled step attends to a multiple of so many cached positions: one graph for each multiple, not for each step."""
+"""A step compiled on a CPU attends to a multiple of so many cached positions: one graph for each, not for each step."""
+GPU_STRETCH = 32
+"""The same on a GPU, where a graph is recorded in milliseconds."""
+KEPT = 2
+"""States whose steps are recorded, of different shapes, that a model keeps: each with its caches."""
 ROWS = 8
 """Rows of the input for which oneDNN lays out a weight. Measured with 1 to 200 rows, the layout serves all of them."""
 
@@ -53,7 +58,8 @@ class PackedLinear(nn.Module):
         norm: of x, before the product.
         gated: results are gelu(first half of the outputs) * second half.
         few_rows: of x; for many, as all source positions, oneDNN's own product is the faster one.
-        compiled: torch.compile will see this module; it lays out plain weights for oneDNN by itself.
+        compiled: on a CPU, torch.compile will see this module, and lays out plain weights for oneDNN by itself; on a
+            GPU it makes one kernel each of what is before and behind the product.
     """
 
     weight: Tensor
@@ -77,6 +83,8 @@ class PackedLinear(nn.Module):
         if packed is None and not compiled and on_cpu and HAS_ONEDNN and supports_dtype(dtype, "cpu"):
             packed, self.layout = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), "oneDNN"
         self.register_buffer("weight", weight if packed is None else packed, persistent=False)
+        if compiled and few_rows and not on_cpu:
+            self.compile(dynamic=False)  # one compiled function for all layers' modules of a kind
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., inputs) to (..., outputs), half as many if gated; `residual` is added."""
@@ -172,6 +180,8 @@ class DecodingState:
     positions: Tensor
     length: int = 0
     """Tokens in the self-attention caches."""
+    recorded: RecordedSteps | None = None
+    """Its steps as CUDA graphs, where they are compiled for a GPU."""
 
     def self_cache_bytes(self) -> int:
         """Bytes allocated for self-attention, all samples and layers."""
@@ -194,6 +204,14 @@ class DecodingState:
         self.encoded_BSD = None if self.encoded_BSD is None else self.encoded_BSD[rows_B]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows_B]
 
+    def renew(self, encoded_BSD: Tensor, cross_mask: Tensor | None) -> None:
+        """Begin again, in the same memory, with another batch of the same shape."""
+        if cross_mask is not None and self.cross_mask is not None:
+            self.cross_mask.copy_(cross_mask)
+        if self.encoded_BSD is not None:
+            self.encoded_BSD.copy_(encoded_BSD)
+        self.length = 0
+
 
 class InferenceT5(nn.Module):
     """A T5 prepared for decoding. Changes of the model made later do not reach its packed copies: prepare it anew.
@@ -203,7 +221,9 @@ class InferenceT5(nn.Module):
         cross_kv: "cached" or "recomputed", see `gqa_exp.config.CROSS_KV`.
         compile_step: torch.compile the decode step, anew for each batch, source length and `STRETCH` of the output: 8 s
             for 4 layers, 15 s for 12, on 2 cores. It halves the time of small models, whose steps are mostly overhead;
-            steps that read gigabytes gain nothing. Ignored where there is no compiler.
+            steps that read gigabytes gain nothing. On a GPU the products are compiled with what stands around them,
+            and the step is recorded as a CUDA graph, see `graphs.py`: then `start` takes back the state of the last
+            batch of the same shape. Ignored where there is no compiler.
     """
 
     def __init__(self, model: T5, cross_kv: str = "cached", *, compile_step: bool = False) -> None:
@@ -211,7 +231,8 @@ class InferenceT5(nn.Module):
         self.training = model.training
         self.config = model.config
         self.cross_kv = cross_kv
-        self.compiled = compile_step = compile_step and can_compile("gpu" if model.device.type == "cuda" else "cpu")
+        self.on_gpu = model.device.type == "cuda"
+        self.compiled = compile_step = compile_step and can_compile("gpu" if self.on_gpu else "cpu")
         # Parts, not the model itself: its own decoder can then be given up, which matters where it is large.
         self.embedding = model.embedding
         self.encoder = model.encoder
@@ -232,11 +253,11 @@ class InferenceT5(nn.Module):
 
     def _prepare_step(self) -> None:
         self._decode_once = self._decode
+        self._kept: dict[tuple[int, int, int, bool], DecodingState] = {}
         if self.compiled:
             allow_many_versions()
-            # On a GPU recorded as a CUDA graph; on CPU weights are constants of the graph, which packs them.
-            on_gpu = self.device.type == "cuda"
-            self._decode_once = torch.compile(self._decode, dynamic=False, mode="reduce-overhead" if on_gpu else None)
+        if self.compiled and not self.on_gpu:
+            self._decode_once = torch.compile(self._decode, dynamic=False)
 
     @property
     def device(self) -> torch.device:
@@ -265,12 +286,27 @@ class InferenceT5(nn.Module):
             attention_mask: (B, S) of ones and zeros, or None when nothing is padded.
             max_new_tokens: capacity of the self-attention caches.
         """
+        cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
+        shape = (*encoded_BSD.shape[:2], max_new_tokens, cross_mask is None)
+        state = self._kept.pop(shape, None)
+        if state is None:
+            if len(self._kept) == KEPT:
+                del self._kept[next(iter(self._kept))]  # used longest ago
+            state = self._new_state(encoded_BSD, cross_mask, max_new_tokens)
+        else:
+            state.renew(encoded_BSD, cross_mask)
+        if state.recorded is not None:
+            self._kept[shape] = state
+        if self.cross_kv == "cached":
+            for layer, cache in zip(self._layers, state.cross_caches, strict=True):
+                layer.fill_cross(cache, encoded_BSD)
+        return state
+
+    def _new_state(self, encoded_BSD: Tensor, cross_mask: Tensor | None, max_new_tokens: int) -> DecodingState:
         B, S, _ = encoded_BSD.shape
+        recording = self.compiled and self.on_gpu
         self_caches = [layer.cache(B, max_new_tokens, encoded_BSD) for layer in self._layers]
         cross_caches = [layer.cache(B, S, encoded_BSD) for layer in self._layers]
-        if self.cross_kv == "cached":
-            for layer, cache in zip(self._layers, cross_caches, strict=True):
-                layer.fill_cross(cache, encoded_BSD)
         if self.compiled:
             for cache in self_caches:  # positions to come are read, and hidden by the bias: they must be numbers
                 cache.keys.zero_()
@@ -278,14 +314,20 @@ class InferenceT5(nn.Module):
         distances = torch.arange(-(max_new_tokens - 1), 1, device=encoded_BSD.device)
         bias_HL = self.relative_bias.of_distances(distances).detach()
         hidden_HL = torch.full_like(bias_HL, torch.finfo(bias_HL.dtype).min)
-        return DecodingState(
+        read_BSD = encoded_BSD if self.cross_kv == "recomputed" else None  # by each step
+        if recording and read_BSD is not None:
+            read_BSD = read_BSD.clone()
+        state = DecodingState(
             self_caches,
             cross_caches,
-            encoded_BSD if self.cross_kv == "recomputed" else None,
-            additive_mask(attention_mask, self.embedding.weight.dtype),
+            read_BSD,
+            cross_mask,
             torch.cat([bias_HL, hidden_HL], dim=1),
             torch.arange(max_new_tokens, device=encoded_BSD.device),
         )
+        if recording:
+            state.recorded = RecordedSteps(state.bias_HL, B)
+        return state
 
     def step(self, token_B: Tensor, state: DecodingState) -> Tensor:
         """Feed one token per sequence and return the logits (B, V) of the next; advances `state`.
@@ -298,37 +340,25 @@ class InferenceT5(nn.Module):
             raise IndexError(f"the decoding caches hold {capacity} tokens and are full")
         end = position + 1
         if self.compiled:  # a graph has fixed shapes: a few of them, and the bias hides what lies behind the token
-            end = min(capacity, -(-end // STRETCH) * STRETCH)
-        bias_HT = state.bias_HL[:, capacity - 1 - position :][:, :end]
-        # Not as an option of torch.compile, which tracing does not see; not globally, or training would freeze as well.
-        with inductor.patch(freezing=self.device.type == "cpu") if self.compiled else nullcontext():
-            logits_BV = self._decode_once(
-                token_B,
-                state.positions[position : position + 1] if self.compiled else position,
-                bias_HT.contiguous() if self.compiled else bias_HT,
-                state.self_caches,
-                state.cross_caches,
-                state.encoded_BSD,
-                state.cross_mask,
-            )
+            stretch = GPU_STRETCH if self.on_gpu else STRETCH
+            end = min(capacity, -(-end // stretch) * stretch)
+        at = state.positions[position : position + 1] if self.compiled else position
+        if state.recorded is not None and isinstance(at, Tensor):
+            logits_BV = state.recorded(functools.partial(self._decode, state=state), token_B, at, end)
+        else:
+            bias_HT = state.bias_HL[:, capacity - 1 - position :][:, :end]
+            # Not as an option of torch.compile, which tracing does not see; not globally, or training would freeze too.
+            with inductor.patch(freezing=True) if self.compiled else nullcontext():
+                logits_BV = self._decode_once(token_B, at, bias_HT.contiguous() if self.compiled else bias_HT, state)
         state.length += 1
         return logits_BV
 
-    def _decode(
-        self,
-        token_B: Tensor,
-        position: int | Tensor,
-        bias_HT: Tensor,
-        self_caches: list[KVCache],
-        cross_caches: list[KVCache],
-        encoded_BSD: Tensor | None,
-        cross_mask: Tensor | None,
-    ) -> Tensor:
+    def _decode(self, token_B: Tensor, position: int | Tensor, bias_HT: Tensor, state: DecodingState) -> Tensor:
         x_BD = self.embedding(token_B)
-        for layer, own, cross in zip(self._layers, self_caches, cross_caches, strict=True):
-            if encoded_BSD is not None:
-                layer.fill_cross(cross, encoded_BSD)
-            x_BD = layer(x_BD, position, bias_HT, own, cross, cross_mask)
+        for layer, own, cross in zip(self._layers, state.self_caches, state.cross_caches, strict=True):
+            if state.encoded_BSD is not None:
+                layer.fill_cross(cross, state.encoded_BSD)
+            x_BD = layer(x_BD, position, bias_HT, own, cross, state.cross_mask)
         return self.lm_head(x_BD)  # type: ignore[no-any-return]
 
     @property

@@ -47,6 +47,10 @@ DEVICES = {
             "NVIDIA H100 Tensor Core GPU data sheet, SXM5, dense",
         ),
         Device(
+            "H200", 4.8e12, {"float32": 66.9e12, "bfloat16": 989.4e12, "float16": 989.4e12}, 141e9,
+            "NVIDIA H200 Tensor Core GPU data sheet, SXM, dense",
+        ),
+        Device(
             "A100", 2.039e12, {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12}, 80e9,
             "NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB, dense",
         ),

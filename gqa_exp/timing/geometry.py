@@ -27,7 +27,8 @@ def bytes_needed(geometries: Sequence[T5Config], config: TimingConfig, dtype: st
     """Bytes that timing these geometries against each other takes at its peak, within about a tenth.
 
     All variants' weights at once, the encoder and both embeddings shared; one variant's weights a second time while
-    they are packed; the caches and the encoder's activations of the variant that takes most.
+    they are packed; the caches and the encoder's activations of the variant that takes most, and all variants' caches
+    where their steps are recorded, as on a GPU: these are kept.
     """
     element = BYTES_PER_ELEMENT[dtype]
     works = [Work(g, config.batch_size, config.source_length, config.output_length, dtype) for g in geometries]
@@ -39,7 +40,8 @@ def bytes_needed(geometries: Sequence[T5Config], config: TimingConfig, dtype: st
     widest = max(5 * largest.d_model, 2 * largest.d_model + 3 * largest.d_ff)
     activations = B * S * widest + 2 * largest.num_heads * S * S
     states = 2 * config.batch_size * S * largest.d_model
-    caches = max(work.cache_bytes_per_sample() for work in works) * config.batch_size
+    kept = sum if config.device == "cuda" and to_compile(config, largest, dtype) else max
+    caches = kept(work.cache_bytes_per_sample() for work in works) * config.batch_size
     return (shared + sum(decoders) + max(decoders) + activations + states) * element + caches
 
 

@@ -3,6 +3,8 @@
     pip install -e '.[bench]'
     python -m gqa_exp.timing.peers --model t5_base --batch-size 8 --source-length 512 --output-length 64
 
+With `--device cuda` ours and transformers alone take part.
+
 Decoding alone is the time of a long output less the time of one token, both from input ids and both in every round: the
 encoder, the cross-attention cache and what a library does once per call cancel out, by the same rule for every engine.
 CTranslate2 runs in a process of its own, and the package grouped-query-attention-pytorch, which needs a transformers of
@@ -44,8 +46,9 @@ WORKER = Path(__file__).with_name("peer_worker.py")
 
 
 def ours(model: T5, input_ids: Tensor, dtype: str) -> Decode:
-    """This project's `generate`."""
-    prepared = InferenceT5(model.to(getattr(torch, dtype)).eval())
+    """This project's `generate`; on a GPU with compiled steps, as `gqa-time` does."""
+    on_gpu = input_ids.device.type == "cuda"
+    prepared = InferenceT5(model.to(input_ids.device, getattr(torch, dtype)).eval(), compile_step=on_gpu)
     return lambda tokens: generate(prepared, input_ids, max_new_tokens=tokens, stop_at_eos=False).tolist()
 
 
@@ -54,6 +57,7 @@ def transformers_t5(folder: Path, input_ids: Tensor, dtype: str) -> Decode:
     import transformers
 
     model: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.to(input_ids.device)
     model.generation_config.eos_token_id = None
     settings = {"do_sample": False, "num_beams": 1, "use_cache": True, "attention_mask": torch.ones_like(input_ids)}
 
@@ -174,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--source-length", type=int, default=512)
     parser.add_argument("--output-length", type=int, default=64)
-    formats = [dtype for dtype in ("float32", "bfloat16") if supports_dtype(dtype, "cpu")]
-    parser.add_argument("--dtypes", nargs="+", default=formats, metavar="|".join(DTYPES))
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", nargs="+", metavar="|".join(DTYPES), help="default: float32, and bfloat16 if there")
     parser.add_argument("--ctranslate2", nargs="*", metavar="TYPE", help="compute types (default: all of this CPU)")
     parser.add_argument("--no-ctranslate2", action="store_true", help="leave CTranslate2 out")
     parser.add_argument("--t5gqa-python", metavar="PYTHON", help="interpreter of an environment with T5GQA")
@@ -199,11 +203,11 @@ def engines(arguments: argparse.Namespace, folder: Path, input_ids: Tensor, mode
                 write_tokenizer(folder, model.vocab_size)
             found[name] = ours(mine, input_ids, dtype)
         found[f"transformers {dtype}"] = transformers_t5(folder, input_ids, dtype)
-        if arguments.t5gqa_python:
+        if arguments.t5gqa_python and arguments.device == "cpu":
             for text in [str(model.num_heads), *arguments.num_kv_heads]:
                 name = f"T5GQA {dtype}, G={text}"
                 found[name] = Worker("T5GQA", arguments.t5gqa_python, folder, input_ids, text, dtype)
-    if not arguments.no_ctranslate2:
+    if not arguments.no_ctranslate2 and arguments.device == "cpu":
         import ctranslate2
 
         types = arguments.ctranslate2 or sorted(ctranslate2.get_supported_compute_types("cpu"))
@@ -224,21 +228,25 @@ def main() -> None:
     )
     if arguments.output_length < 2:
         raise InputError("--output-length must be 2 or more: decoding is the time of further tokens")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('--device cuda, but torch finds no GPU here; use "cpu"')
+    supported = [dtype for dtype in DTYPES if supports_dtype(dtype, arguments.device)]
+    arguments.dtypes = arguments.dtypes or [dtype for dtype in ("float32", "bfloat16") if dtype in supported]
     for dtype in arguments.dtypes:
-        if dtype not in (supported := [dtype for dtype in DTYPES if supports_dtype(dtype, "cpu")]):
-            raise InputError(f"--dtypes {dtype} does not run on this CPU; use {' or '.join(supported)}")
+        if dtype not in supported:
+            raise InputError(f"--dtypes {dtype} does not run on this {arguments.device}; use {' or '.join(supported)}")
     prepare(arguments.threads)
     geometry = T5Config.from_model_config(read_model_config(arguments.model))
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (arguments.batch_size, arguments.source_length)
-    input_ids = torch.randint(len(SPECIAL), geometry.vocab_size, shape, generator=generator)
+    input_ids = torch.randint(len(SPECIAL), geometry.vocab_size, shape, generator=generator).to(arguments.device)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, timing_alone(), console.status("loading") as status:
         contestants = engines(arguments, Path(folder), input_ids, geometry)
         reference = f"ours {arguments.dtypes[0]}"
         ids = {name: decode(arguments.output_length) for name, decode in contestants.items()}
         equal = {name: agreement(ids[reference], theirs) for name, theirs in ids.items()}
-        host = local_device("cpu", arguments.dtypes[0])
+        host = local_device(arguments.device, arguments.dtypes[0])
         series = interleave(
             {name: _timed(decode, arguments.output_length) for name, decode in contestants.items()},
             warmup_rounds=1,
@@ -255,7 +263,7 @@ def main() -> None:
     mine = [name for name in contestants if name.startswith("ours ") and "G=" not in name]
     table = Table(
         title=f"{arguments.model}, batch {arguments.batch_size}, source {arguments.source_length}, "
-        f"{arguments.output_length} tokens, {hardware_id()}",
+        f"{arguments.output_length} tokens, {hardware_id(arguments.device)}",
         caption=f"Decoding alone. Medians over {arguments.rounds} interleaved rounds; ratios within a round, "
         f"with 95 % bootstrap interval. Plain read {host.bandwidth / 1e9:.1f} GB/s. Equal: share of ids before the "
         f"first that differs from {reference}.",

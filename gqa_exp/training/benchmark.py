@@ -1,7 +1,7 @@
 """Training speed against transformers' T5: same weights, batches, loss, precision, optimizer, interleaved in one run.
 
     pip install -e '.[bench]'
-    python -m gqa_exp.training.benchmark --models mini t5_small
+    python -m gqa_exp.training.benchmark --models mini t5_small [--device cuda]
 
 A run is a few steps: forward, loss, backward and Adafactor. Each side takes part eagerly and compiled, and is compared
 by its faster form. Only the model differs, so the ratio says what the model is worth. A profiled step tells how much of
@@ -13,7 +13,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from gqa_exp.timing.cli import read_model_config
 from gqa_exp.timing.compose import Sample
 from gqa_exp.timing.environment import environment, hardware_id
 from gqa_exp.timing.hostlock import timing_alone
-from gqa_exp.timing.probe import matmul_flops
+from gqa_exp.timing.probe import matmul_flops, synchronised_clock
 from gqa_exp.timing.timer import interleave, median_interval
 from gqa_exp.training.adafactor import Adafactor
 from gqa_exp.training.loss import token_loss
@@ -72,12 +71,13 @@ class Trainee:
         self.input_ids, self.labels = batch
         self.decoder_input_ids = torch.cat([torch.zeros_like(self.labels[:, :1]), self.labels[:, :-1]], dim=1)
         self.dtype = dtype
+        self.device = batch[0].device.type
         self.token_loss = torch.compile(token_loss) if compiled else token_loss
         self.optimizer = Adafactor(model.parameters(), lr=1e-3)
 
     def loss(self) -> Tensor:
         """Of the batch, before a step."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return self.token_loss(self.logits(self.input_ids, self.decoder_input_ids), self.labels, 1e-4, 0)[0]
 
     def step(self) -> None:
@@ -103,11 +103,13 @@ class Trainee:
     def product_seconds(self, steps: int = 3) -> float:
         """Seconds that products with weights take of a step, the median of a few."""
         found = []
+        where = ProfilerActivity.CUDA if self.device == "cuda" else ProfilerActivity.CPU
         for _ in range(steps):
-            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            with profile(activities={ProfilerActivity.CPU, where}) as profiled:
                 self.step()
-            averages = profiled.key_averages()
-            found.append(sum(event.self_cpu_time_total for event in averages if event.key in PRODUCTS) * 1e-6)
+            products = [event for event in profiled.key_averages() if event.key in PRODUCTS]
+            by = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
+            found.append(sum(getattr(event, by) for event in products) * 1e-6)
         return float(np.median(found))
 
 
@@ -125,12 +127,14 @@ def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed:
     import transformers
 
     found = {}
-    for form in ("eager", "compiled") if can_compile("cpu") else ("eager",):
+    device = batch[0].device
+    for form in ("eager", "compiled") if can_compile("gpu" if device.type == "cuda" else "cpu") else ("eager",):
         torch.manual_seed(seed)
-        mine = T5(geometry)
+        mine = T5(geometry).to(device)
         with tempfile.TemporaryDirectory() as folder:
             save_hf(mine, folder)
             theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        theirs.to(device)
         theirs.config.use_cache = False
         compiled = form == "compiled"
         if compiled:
@@ -154,11 +158,13 @@ def _logits_of(model: Any) -> Logits:
 
 
 def _timed(trainee: Trainee, steps: int) -> Callable[[], Sample]:
+    clock = synchronised_clock(trainee.device)
+
     def run() -> Sample:
-        start = perf_counter()
+        start = clock()
         for _ in range(steps):
             trainee.step()
-        return {"steps": [perf_counter() - start]}
+        return {"steps": [clock() - start]}
 
     return run
 
@@ -169,7 +175,8 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
     B, S, T = SHAPES[shape]
     generator = torch.Generator().manual_seed(arguments.seed)
     batch = tuple(torch.randint(3, geometry.vocab_size, (B, length), generator=generator) for length in (S, T))
-    contestants = trainees(geometry, (batch[0], batch[1]), dtype, arguments.seed)
+    ids, labels = (each.to(arguments.device) for each in batch)
+    contestants = trainees(geometry, (ids, labels), dtype, arguments.seed)
     series = interleave(
         {name: _timed(trainee, arguments.steps) for name, trainee in contestants.items()},
         warmup_rounds=2,
@@ -205,12 +212,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mini", "t5_small"], metavar="NAME", help="files of conf/model")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtype", default="auto", metavar="float32|bfloat16|auto")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a timed run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    dtype = resolve_dtype(arguments.dtype, "cpu")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('--device cuda, but torch finds no GPU here; use "cpu"')
+    dtype = resolve_dtype(arguments.dtype, arguments.device)
     if dtype not in ("float32", "bfloat16") or arguments.steps < 1 or arguments.rounds < 2:
         raise InputError("--dtype must be float32, bfloat16 or auto, --steps 1 or more, --rounds 2 or more")
     prepare(arguments.threads)
@@ -218,13 +228,13 @@ def main() -> None:
     with timing_alone():
         for model in arguments.models:
             results += [measure(model, shape, arguments, dtype) for shape in arguments.shapes]
-        large = matmul_flops("cpu", dtype)
+        large = matmul_flops(arguments.device, dtype)
     peak = max(large, *(result["product_flops"] / result["product_seconds"] for result in results))
     for result in results:
         theirs = float(np.median(result["step_seconds"][result["best"]["transformers"]]))
         result["bound"] = theirs * peak / (result["product_flops"] + result["attention_flops"])
     table = Table(
-        title=f"Training, {dtype}, {hardware_id()}",
+        title=f"Training, {dtype}, {hardware_id(arguments.device)}",
         caption=f"Tokens per second, medians over {arguments.rounds} interleaved rounds of {arguments.steps} steps. "
         "Ratio of the faster forms within a round, with 95 % bootstrap interval. Products: share of our step in "
         f"products with weights, and their GFLOP/s, where torch's of large matrices ran at {large * 1e-9:,.0f}; bound: "
