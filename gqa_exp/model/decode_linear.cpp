@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -150,13 +151,7 @@ int linear(const Call<float>& call) { return linear_by_vectors(call); }
 
 #ifdef __AMX_BF16__
 
-constexpr long kTileRows = 16, kTileInputs = 32, kTileOutputs = 16, kTile = kTileRows * kTileInputs;
-
-struct alignas(kLine) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
-};
+constexpr long kTileRows = 16, kTileInputs = 32, kTileOutputs = 16, kElements = kTileRows * kTileInputs;
 
 // Sums of one or two tiles of rows and two of outputs. x: (inputs / 32, Tiles, 16, 32); w: two times (inputs / 32, tile)
 template <int Tiles>
@@ -168,14 +163,14 @@ inline void multiply(const BFloat16* x, const BFloat16* w, long inputs, float* s
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (long k = 0; k < inputs; k += kTileInputs, x += Tiles * kTile, w += kTile, next += kTile) {
+  for (long k = 0; k < inputs; k += kTileInputs, x += Tiles * kElements, w += kElements, next += kElements) {
     _tile_loadd(4, x, kLine);
     _tile_loadd(6, w, kLine);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, next, kLine);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (Tiles == 2) {
-      _tile_loadd(5, x + kTile, kLine);
+      _tile_loadd(5, x + kElements, kLine);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -192,7 +187,7 @@ inline void multiply(const BFloat16* x, const BFloat16* w, long inputs, float* s
 inline BFloat16* tile_of(BFloat16* tiled, long row, long k, long rows, long inputs) {
   const long pair = row / (2 * kTileRows), in_pair = std::min(2L, (rows - pair * 2 * kTileRows + kTileRows - 1) / kTileRows);
   const long tile = row / kTileRows % 2, column = k / kTileInputs;
-  return tiled + pair * 2 * kTileRows * inputs + (column * in_pair + tile) * kTile + row % kTileRows * kTileInputs;
+  return tiled + pair * 2 * kTileRows * inputs + (column * in_pair + tile) * kElements + row % kTileRows * kTileInputs;
 }
 
 int linear_by_tiles(const Call<BFloat16>& call) {
@@ -212,7 +207,7 @@ int linear_by_tiles(const Call<BFloat16>& call) {
       shapes.row_bytes[tile] = kLine;
       shapes.rows[tile] = tile < 6 ? std::min(kTileRows, rows) : kTileRows;  // of sums and x; of weights
     }
-    _tile_loadconfig(&shapes);
+    shapes.load();
 #pragma omp barrier
     for (long block = blocks.begin; block < blocks.end; ++block)
       for (long pair = 0; pair < pairs; ++pair) {
@@ -232,8 +227,6 @@ int linear_by_tiles(const Call<BFloat16>& call) {
 
 #endif
 
-bool in_tiles = false;
-
 int linear(const Call<BFloat16>& call) {
 #ifdef __AMX_BF16__
   if (in_tiles) return linear_by_tiles(call);
@@ -242,6 +235,10 @@ int linear(const Call<BFloat16>& call) {
 }
 
 }  // namespace
+
+extern "C" {
+bool in_tiles = false;
+}
 
 #define EXPORT(name, T)                                                                                             \
   extern "C" int name(const T* x, const T* norm, const T* weights, const T* residual, T* y, const long* sizes,      \

@@ -32,7 +32,7 @@ WITH_BFLOAT16: Sources = {
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
 FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",)}
 """The same for a CPU without bfloat16."""
-HEADERS = ("common", "products", "vectors")
+HEADERS = ("common", "products", "tiles", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""

@@ -10,11 +10,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
-
-using Word = std::uint32_t;
 
 constexpr long kColumns = 32;  // of a product's right side at a time, two vectors
 constexpr long kSkew = 16;     // words more per line of what is read in columns, or all share a set of the cache

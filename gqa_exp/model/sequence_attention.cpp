@@ -10,6 +10,9 @@
 //   gathered (rows, K / 2):     word (s, k) holds elements 2k and 2k + 1 of row s
 //   turned (K / 2, rows):       the same, transposed
 //   interleaved (rows / 2, K):  word (s, k) holds element k of rows 2s and 2s + 1
+//   columns (K, rows / 2):      the same, transposed
+// Where tiles multiply, words of a left side must lie side by side: then the gradients of keys and values, sums over
+// queries, are computed transposed.
 
 #include <immintrin.h>
 
@@ -22,14 +25,28 @@
 namespace {
 
 constexpr long kQueries = 32;  // of a block at most; 16 to 64 measured the same
-constexpr long kRows = 8;      // of a product's left side at a time
+constexpr long kRows = 8;      // of a product's left side at a time; in tiles 16
+
+long row_unit() { return in_tiles ? kTile : kRows; }
 
 // ---- products
 
-// C = A B, or C += A B, for any multiple of 8 rows and of 32 columns; lines of B are `line` words apart, rows of C
-// `row` numbers.
+// C = A B, or C += A B, for any multiple of row_unit() rows and of 32 columns; lines of B are `line` words apart, rows
+// of C `row` numbers.
 template <bool Add>
 void product(Left a, const Word* b, long line, long steps, float* c, long row, long rows, long columns) {
+  if (in_tiles) {
+    for (long j = 0; j < columns; j += kColumns)
+      for (long i = 0; i < rows; i += 2 * kTile) {
+        const Word* left = a.words + i * a.row;
+        float* to = c + i * row + j;
+        if (rows - i > kTile)
+          product_of_tiles<2, Add>(left, a.row, b + j, line, steps, to, row);
+        else
+          product_of_tiles<1, Add>(left, a.row, b + j, line, steps, to, row);
+      }
+    return;
+  }
   for (long j = 0; j < columns; j += kColumns)
     for (long i = 0; i < rows; i += kRows) {
       const auto store = [to = c + i * row + j, row](int r, int half, __m512 sum) {
@@ -72,6 +89,15 @@ struct Rows {
       for (long k = 0; k < K; k += 16)
         _mm512_store_si512(out + s / 2 * K + k, pairs_of(elements(s, k), elements(s + 1, k)));
   }
+  void columns(long rows, Word* out) const {
+    for (long s = 0; s < rows; s += 32)
+      for (long k = 0; k < K; k += 16) {
+        __m512i from[16], to[16];
+        for (long i = 0; i < 16; ++i) from[i] = pairs_of(elements(s + 2 * i, k), elements(s + 2 * i + 1, k));
+        turn(from, to);
+        for (long i = 0; i < 16; ++i) _mm512_store_si512(out + (k + i) * (rows / 2) + s / 2, to[i]);
+      }
+  }
 };
 
 // ---- attention
@@ -98,6 +124,22 @@ struct Attention {
   Rows<K> key_rows(const BFloat16* x, long b, long g) const { return {x + key_at(b, g, 0), G * K, S}; }
   const Bias* bias_row(long h, long t) const { return bias ? bias + h * bias_head + t * bias_query : nullptr; }
   const float* mask_row(long b) const { return mask ? mask + b * S : nullptr; }
+
+  // What was summed for each key becomes its gradient; sums are (keys, K), in tiles (K, line).
+  void write_key_sums(const float* sums, long b, long g, BFloat16* gradient) const {
+    for (long s = 0; s < S; s += 16)
+      for (long k = 0; k < K; k += 16) {
+        __m512i from[16], rows[16];
+        for (long i = 0; i < 16; ++i)
+          from[i] = _mm512_load_si512(in_tiles ? sums + (k + i) * line + s : sums + (s + i) * K + k);
+        if (in_tiles)
+          turn(from, rows);
+        else
+          std::copy(from, from + 16, rows);
+        for (long i = 0; i < std::min(16L, S - s); ++i)
+          narrow(gradient + key_at(b, g, s + i) + k, _mm512_castsi512_ps(rows[i]));
+      }
+  }
 
   __mmask16 there(long s) const {  // which of 16 keys there are
     return s + 16 <= S ? 0xffff : static_cast<__mmask16>((1u << std::max(0L, S - s)) - 1);
@@ -141,7 +183,10 @@ bool in_all_threads(long words, Work work) {
 #pragma omp atomic write
       enough = false;
 #pragma omp barrier
-    if (enough) work(memory);
+    if (enough) {
+      const WholeTiles tiles;
+      work(memory);
+    }
   }
   return enough;
 }
@@ -195,7 +240,7 @@ bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
       a.key_rows(a.v, b, g).interleaved(a.keys, values);
       for (long h = g * a.R; h < (g + 1) * a.R; ++h)
         for (long first = 0; first < a.T; first += kQueries) {
-          const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+          const long count = std::min(kQueries, a.T - first), rows = up(count, row_unit());
           float inverses[kQueries];
           a.query_rows(a.q, b, h, first, count).gathered(rows, queries);
           product<false>({queries, K / 2, 1}, keys, a.line, K / 2, products, a.line, rows, a.keys);
@@ -241,6 +286,11 @@ struct Block {
         d_scores(memory.words(kQueries * a.half)),
         d_score_pairs(memory.words(kQueries / 2 * a.line)),
         weight_pairs(memory.words(kQueries / 2 * a.line)) {}
+
+  // Pairs of queries beyond the last: in tiles they are multiplied too.
+  void clear_pairs(const Attention<K, Bias>& a, long from, long to) const {
+    for (Word* words : {d_score_pairs, weight_pairs}) std::fill(words + from * a.line, words + to * a.line, 0u);
+  }
 
   // From the first two, the others, and what these queries add to a share of the bias's gradient.
   void differentiate(const Attention<K, Bias>& a, const Gradients<K>& d, long b, long h, long first, long count,
@@ -289,15 +339,15 @@ template <int K, typename Bias>
 bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
   using Scores = Block<K, Bias>;
   const long share = (a.B + d.shares - 1) / d.shares;
-  const long words = a.line * K + a.keys * (K / 2 + 2 * K) +
+  const long words = a.line * (K + 2 * K) + a.keys * K / 2 +
                      kQueries * (2 * K + K + Scores::lines * a.line + Scores::halves * a.half);
   return in_all_threads(words, [=](Memory memory) {
     Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.line * K / 2);
     Word* key_pairs = memory.words(a.keys * K / 2);
     Word *queries = memory.words(kQueries * K / 2), *query_pairs = memory.words(kQueries * K / 2);
     Word *d_outs = memory.words(kQueries * K / 2), *d_out_pairs = memory.words(kQueries * K / 2);
-    float *q_sums = memory.floats(kQueries * K), *k_sums = memory.floats(a.keys * K);
-    float* v_sums = memory.floats(a.keys * K);
+    float *q_sums = memory.floats(kQueries * K), *k_sums = memory.floats(a.line * K);
+    float* v_sums = memory.floats(a.line * K);
     const Scores block(a, memory);
 #pragma omp for collapse(2) schedule(static)
     for (long g = 0; g < a.G; ++g)
@@ -306,33 +356,39 @@ bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
           a.key_rows(a.k, b, g).turned(a.keys, a.line, keys);
           a.key_rows(a.k, b, g).interleaved(a.keys, key_pairs);
           a.key_rows(a.v, b, g).turned(a.keys, a.line, values);
-          std::fill(k_sums, k_sums + a.keys * K, 0.0f);
-          std::fill(v_sums, v_sums + a.keys * K, 0.0f);
+          std::fill(k_sums, k_sums + a.line * K, 0.0f);
+          std::fill(v_sums, v_sums + a.line * K, 0.0f);
           for (long h = g * a.R; h < (g + 1) * a.R; ++h)
             for (long first = 0; first < a.T; first += kQueries) {
-              const long count = std::min(kQueries, a.T - first), rows = up(count, kRows);
+              const long count = std::min(kQueries, a.T - first), rows = up(count, row_unit());
               const Rows<K> q = a.query_rows(a.q, b, h, first, count);
               const Rows<K> d_out = a.query_rows(d.d_out, b, h, first, count);
               q.gathered(rows, queries);
-              q.interleaved(rows, query_pairs);
               d_out.gathered(rows, d_outs);
-              d_out.interleaved(rows, d_out_pairs);
               product<false>({queries, K / 2, 1}, keys, a.line, K / 2, block.products, a.line, rows, a.keys);
               product<false>({d_outs, K / 2, 1}, values, a.line, K / 2, block.d_weights, a.line, rows, a.keys);
               block.differentiate(a, d, b, h, first, count, part);
-              const long pairs = (count + 1) / 2;
               product<false>({block.d_scores, a.half, 1}, key_pairs, K, a.keys / 2, q_sums, K, rows, K);
-              product<true>({block.d_score_pairs, 1, a.line}, query_pairs, K, pairs, k_sums, K, a.keys, K);
-              product<true>({block.weight_pairs, 1, a.line}, d_out_pairs, K, pairs, v_sums, K, a.keys, K);
+              if (in_tiles) {
+                const long all = up(count, 32), pairs = all / 2;
+                block.clear_pairs(a, (count + 1) / 2, pairs);
+                q.columns(all, query_pairs);
+                d_out.columns(all, d_out_pairs);
+                product<true>({query_pairs, pairs, 1}, block.d_score_pairs, a.line, pairs, k_sums, a.line, K, a.keys);
+                product<true>({d_out_pairs, pairs, 1}, block.weight_pairs, a.line, pairs, v_sums, a.line, K, a.keys);
+              } else {
+                const long pairs = (count + 1) / 2;
+                q.interleaved(rows, query_pairs);
+                d_out.interleaved(rows, d_out_pairs);
+                product<true>({block.d_score_pairs, 1, a.line}, query_pairs, K, pairs, k_sums, K, a.keys, K);
+                product<true>({block.weight_pairs, 1, a.line}, d_out_pairs, K, pairs, v_sums, K, a.keys, K);
+              }
               for (long t = 0; t < count; ++t)
                 for (long k = 0; k < K; k += 16)
                   narrow(d.d_q + a.at(b, h, first + t) + k, _mm512_load_ps(q_sums + t * K + k));
             }
-          for (long s = 0; s < a.S; ++s)
-            for (long k = 0; k < K; k += 16) {
-              narrow(d.d_k + a.key_at(b, g, s) + k, _mm512_load_ps(k_sums + s * K + k));
-              narrow(d.d_v + a.key_at(b, g, s) + k, _mm512_load_ps(v_sums + s * K + k));
-            }
+          a.write_key_sums(k_sums, b, g, d.d_k);
+          a.write_key_sums(v_sums, b, g, d.d_v);
         }
   });
 }

@@ -1,0 +1,104 @@
+// Products of bfloat16 matrices in tiles, for processors with AMX: 16 rows of 16 words times 16 words of 16 columns.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "common.h"
+
+extern "C" bool in_tiles;  // whether to multiply in tiles; set by use_tiles in decode_linear.cpp
+
+namespace {
+
+using Word = std::uint32_t;  // a pair of bfloat16 along the summed axis
+
+constexpr long kTile = 16;  // rows of a tile, and words of its rows
+
+#ifdef __AMX_BF16__
+
+struct alignas(kLine) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+
+  void load() const {
+    // GCC's intrinsics do not say that they read memory, so that it would leave out what was stored there.
+    asm volatile("" : : "r"(this) : "memory");
+    _tile_loadconfig(this);
+  }
+};
+
+// Where tiles multiply, those of the calling thread are whole ones as long as this lives.
+class WholeTiles {
+ public:
+  WholeTiles() {
+    if (!in_tiles) return;
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; ++tile) {
+      shapes.row_bytes[tile] = kLine;
+      shapes.rows[tile] = kTile;
+    }
+    shapes.load();
+  }
+  ~WholeTiles() {
+    if (in_tiles) _tile_release();
+  }
+  WholeTiles(const WholeTiles&) = delete;
+  WholeTiles& operator=(const WholeTiles&) = delete;
+};
+
+// C = A B, or C += A B, for one or two tiles of rows and two of columns. Words of a row of A lie side by side; rows of A
+// are `a_row` words apart, lines of B `line` words, rows of C `row` numbers; steps are a multiple of 16.
+template <int Tall, bool Add>
+inline void product_of_tiles(const Word* a, long a_row, const Word* b, long line, long steps, float* c, long row) {
+  const long a_bytes = a_row * 4, b_bytes = line * 4, c_bytes = row * 4;
+  asm volatile("" : : : "memory");  // as in TileShapes::load
+  if constexpr (Add) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + kTile, c_bytes);
+    if constexpr (Tall == 2) {
+      _tile_loadd(2, c + kTile * row, c_bytes);
+      _tile_loadd(3, c + kTile * row + kTile, c_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (Tall == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (long p = 0; p < steps; p += kTile) {
+    _tile_loadd(4, a + p, a_bytes);
+    _tile_loadd(6, b + p * line, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + p * line + kTile, b_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Tall == 2) {
+      _tile_loadd(5, a + kTile * a_row + p, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + kTile, c_bytes);
+  if constexpr (Tall == 2) {
+    _tile_stored(2, c + kTile * row, c_bytes);
+    _tile_stored(3, c + kTile * row + kTile, c_bytes);
+  }
+}
+
+#else
+
+struct WholeTiles {
+  WholeTiles() {}
+};
+
+template <int Tall, bool Add>
+inline void product_of_tiles(const Word*, long, const Word*, long, long, float*, long) {}  // never called
+
+#endif
+
+}  // namespace
