@@ -11,8 +11,8 @@ Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last 
     linear, 7168 x 256 to 768, forward / backward           3.0 / 7.1   2.8 / 5.9
     linear, 7168 x 256 to 256, forward / backward           1.0 / 2.4   0.9 / 2.0
 
-On 2 cores with AMX, where linear layers are torch's, attention of (56, 128, 8, 32) by AVX-512: 7.9 / 23.5, in tiles: 4.1
-/ 12.6.
+On 2 cores with AMX, where linear layers are torch's, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in
+tiles 4.1 / 12.6.
 
 Attention keeps two numbers per query rather than weights for the backward pass, and reads bias and mask apart.
 """

@@ -203,7 +203,7 @@ def engines(arguments: argparse.Namespace, folder: Path, input_ids: Tensor, mode
                 write_tokenizer(folder, model.vocab_size)
             found[name] = ours(mine, input_ids, dtype)
         found[f"transformers {dtype}"] = transformers_t5(folder, input_ids, dtype)
-        if arguments.t5gqa_python and arguments.device == "cpu":
+        if arguments.t5gqa_python:
             for text in [str(model.num_heads), *arguments.num_kv_heads]:
                 name = f"T5GQA {dtype}, G={text}"
                 found[name] = Worker("T5GQA", arguments.t5gqa_python, folder, input_ids, text, dtype)
@@ -228,6 +228,8 @@ def main() -> None:
     )
     if arguments.output_length < 2:
         raise InputError("--output-length must be 2 or more: decoding is the time of further tokens")
+    if arguments.device == "cuda" and (arguments.t5gqa_python or arguments.ctranslate2):
+        raise InputError("CTranslate2 and T5GQA take part on a CPU alone; leave them out, or use --device cpu")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError('--device cuda, but torch finds no GPU here; use "cpu"')
     supported = [dtype for dtype in DTYPES if supports_dtype(dtype, arguments.device)]

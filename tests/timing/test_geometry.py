@@ -65,6 +65,14 @@ def test_what_is_needed_covers_weights_and_caches() -> None:
     assert bytes_needed([geometry(4)], less, "float32") < one
 
 
+@pytest.mark.parametrize(("compiled", "kept"), [("auto", True), ("on", True), ("off", False)])
+def test_caches_of_recorded_steps_are_there_together(compiled: str, kept: bool) -> None:
+    both = [geometry(4), geometry(2)]
+    on_cpu = bytes_needed(both, CONFIG, "float32")
+    on_gpu = bytes_needed(both, dataclasses.replace(CONFIG, device="cuda", compile=compiled), "float32")
+    assert on_gpu - on_cpu == (3 * geometry(2).kv_cache_bytes(16, 4, 4) if kept else 0)
+
+
 def test_the_deepest_depths_that_fit_are_taken_and_too_little_memory_is_said() -> None:
     variants = [geometry(4), geometry(1)]
 

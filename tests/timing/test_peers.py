@@ -66,11 +66,14 @@ def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_
         (["--batch-size=0"], "batch_size=0"),
         (["--dtypes", "float64"], "--dtypes float64 does not run"),
         (["--model=t5_bas"], 'did you mean "t5_base"'),
+        (["--device=cuda"], 'finds no GPU here; use "cpu"'),
+        (["--device=cuda", "--ctranslate2", "int8"], "on a CPU alone"),
     ],
 )
 def test_bad_input_is_one_line(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["peers", *words])
     with pytest.raises(SystemExit) as ended:
         peers.main()

@@ -56,3 +56,20 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     theirs = sum(seconds["transformers eager"]) / 2
     peak = max(line["matmul_flops"], result["product_flops"] / result["product_seconds"])
     assert result["bound"] == pytest.approx(theirs / ((result["product_flops"] + result["attention_flops"]) / peak))
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("--steps=0", "--steps 1 or more"), ("--dtype=float16", "must be float32"), ("--device=cuda", 'use "cpu"')],
+)
+def test_bad_input_is_one_line(
+    word: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark", word])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message
