@@ -88,10 +88,24 @@ def check_launch(config: TrainerConfig) -> None:
 
 
 def can_compile(accelerator: str) -> bool:
-    """Whether torch.compile has what it needs: a C++ compiler on CPU; on GPU Triton brings its own."""
-    if accelerator == "gpu":
-        return torch.cuda.is_available()
+    """Whether torch.compile has what it needs: a C++ compiler, on a GPU too, for code that calls Triton's kernels."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        return False
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+def check_device(device: str, setting: str) -> None:
+    """Check that a device is there.
+
+    Args:
+        device: "cpu" or "cuda".
+        setting: what asks for it, as the user wrote it.
+
+    Raises:
+        InputError: it is a GPU, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f'{setting}, but torch finds no GPU here; use "cpu"')
 
 
 def supports_dtype(dtype: str, device: str) -> bool:

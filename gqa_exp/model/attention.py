@@ -12,12 +12,15 @@ Shape suffixes: B batch, S source (key) length, T target (query) length, D d_mod
 R = H/G query heads per KV head, K head_dim; `q_BTHK` says what it holds.
 """
 
+import functools
+import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gqa_exp.host import can_compile
 from gqa_exp.model import native, sequence
 from gqa_exp.model.sequence import Linear
 
@@ -158,14 +161,22 @@ torch.library.custom_op("gqa_exp::cache_attention", cache_attention, mutates_arg
 
 def _gpu_attention(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
     """A decode step's attention on a GPU: by the kernel of `gpu_attention.py`, or by SDPA what it does not take."""
-    if q_BGRK.is_cuda:
+    if _has_triton(q_BGRK.device):
         from gqa_exp.model import gpu_attention  # not at the top: Triton comes with torch's builds for GPUs alone
 
-        if gpu_attention.serves(q_BGRK.shape[3], q_BGRK.shape[2]):
+        if gpu_attention.serves(q_BGRK.dtype, q_BGRK.shape[3], q_BGRK.shape[2]):
             return gpu_attention.attend(q_BGRK, k_BGSK, v_BGSK, bias)
     if bias is not None:  # a view of the bias by distance may begin anywhere, which SDPA's kernels do not take
         bias = bias.clone(memory_format=torch.contiguous_format)
     return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSK, bias, scale=1.0)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton compiles kernels for this device: from compute capability 8 on, all that compute in bfloat16."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return importlib.util.find_spec("triton") is not None and can_compile("gpu")
 
 
 class KVCache:

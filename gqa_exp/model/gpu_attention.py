@@ -21,6 +21,7 @@ Shape suffixes: B batch, G KV heads, R query heads per KV head, S keys, K head_d
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -34,44 +35,50 @@ BLOCKS_PER_MULTIPROCESSOR = 2
 MOST_PARTS = 64
 TILE, LONG_TILE = 64, 128
 """Positions that a block reads at a time; the longer one where nothing is divided and blocks are many."""
+MOST_BYTES = 256
+"""Of a head's key, so that tiles fit into the shared memory of any GPU; of half as many in long tiles."""
 
 
-def serves(head_dim: int, group: int) -> bool:
+def serves(dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether the kernel takes heads of this size, and so many query heads per KV head."""
-    return head_dim in (16, 32, 64, 128) and group <= LARGEST_GROUP
+    fits = head_dim in (16, 32, 64, 128) and head_dim * dtype.itemsize <= MOST_BYTES
+    return fits and dtype in (torch.float32, torch.bfloat16, torch.float16) and group <= LARGEST_GROUP
 
 
 def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) -> Tensor:
     """Attention of one query position per sequence, without the 1/sqrt(K) scale: (B, G, R, K).
 
     Args:
-        q_BGRK: the queries of each group.
+        q_BGRK: the queries of each group, contiguous but for the step between sequences.
         k_BGSK: keys; the last axis must be contiguous.
         v_BGSK: values, likewise.
         bias: added to the scores, broadcastable to (B, G, R, S), finite; or None.
     """
     B, G, R, K = q_BGRK.shape
     S = k_BGSK.shape[2]
-    q_BGRK = q_BGRK.contiguous()
-    out_BGRK = torch.empty_like(q_BGRK)
+    out_BGRK = q_BGRK.new_empty(q_BGRK.shape)
     pairs, multiprocessors = B * G, _multiprocessors(q_BGRK.device)
     parts = min(-(-BLOCKS_PER_MULTIPROCESSOR * multiprocessors // pairs), -(-S // (2 * TILE)), MOST_PARTS)
     length = -(-S // (max(1, parts) * TILE)) * TILE  # of a part, whole tiles
     parts = -(-S // length)
-    tile = LONG_TILE if parts == 1 and S >= 1024 and pairs >= 8 * multiprocessors else TILE
+    many = parts == 1 and S >= 1024 and pairs >= 8 * multiprocessors
+    tile = LONG_TILE if many and 2 * K * q_BGRK.element_size() <= MOST_BYTES else TILE
     sums, ends = out_BGRK, out_BGRK  # not written where nothing is divided
     if parts > 1:
         sums = torch.empty(pairs * parts * R, K, dtype=torch.float32, device=q_BGRK.device)
         ends = torch.empty(pairs * parts * R, 2, dtype=torch.float32, device=q_BGRK.device)
     added = q_BGRK if bias is None else bias.expand(B, G, R, S)
     rows = max(16, triton.next_power_of_2(R))  # a tile of a product has 16 rows at least
-    _part[(pairs, parts)](
-        q_BGRK, k_BGSK, v_BGSK, added, sums, ends, out_BGRK, S, length, G, R,
-        *k_BGSK.stride()[:3], *v_BGSK.stride()[:3], *added.stride(),
-        HAS_BIAS=bias is not None, WHOLE=parts == 1, ROWS=rows, K=K, TILE=tile, num_warps=4,
-    )  # fmt: skip
-    if parts > 1:
-        _join[(pairs, R)](sums, ends, out_BGRK, R, parts, PARTS=triton.next_power_of_2(parts), K=K, num_warps=1)
+    with torch.cuda.device(q_BGRK.device) if q_BGRK.is_cuda else nullcontext():  # where Triton starts kernels
+        _part[(pairs, parts)](
+            q_BGRK, k_BGSK, v_BGSK, added, sums, ends, out_BGRK, S, length, G, R,
+            q_BGRK.stride(0), *k_BGSK.stride()[:3], *v_BGSK.stride()[:3], *added.stride(),
+            HAS_BIAS=bias is not None, WHOLE=parts == 1, ROWS=rows, K=K, TILE=tile, num_warps=4,
+        )  # fmt: skip
+        if parts > 1:
+            most = triton.next_power_of_2(parts)
+            warps = max(1, most * K // 2048)
+            _join[(pairs, R)](sums, ends, out_BGRK, R, parts, PARTS=most, K=K, num_warps=warps)
     return out_BGRK
 
 
@@ -83,7 +90,7 @@ def _multiprocessors(device: torch.device) -> int:
 @triton.jit(do_not_specialize=["S", "length"])  # type: ignore[untyped-decorator]
 def _part(  # type: ignore[no-untyped-def]
     q, k, v, bias, sums, ends, out, S, length, G, R,
-    k_b, k_g, k_s, v_b, v_g, v_s, bias_b, bias_g, bias_r, bias_s,
+    q_b, k_b, k_g, k_s, v_b, v_g, v_s, bias_b, bias_g, bias_r, bias_s,
     HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One part of the positions of one (sample, KV head): their weighted values; divided, with maximum and sum."""
@@ -91,7 +98,8 @@ def _part(  # type: ignore[no-untyped-def]
     b, g = (pair // G).to(tl.int64), pair % G
     row, column = tl.arange(0, ROWS), tl.arange(0, K)
     real = row < R
-    q_tile = tl.load(q + (pair * R + row[:, None]) * K + column[None, :], mask=real[:, None], other=0.0)
+    q += b * q_b + g * R * K
+    q_tile = tl.load(q + row[:, None] * K + column[None, :], mask=real[:, None], other=0.0)
     k += b * k_b + g * k_g
     v += b * v_b + g * v_g
     bias += b * bias_b + g * bias_g

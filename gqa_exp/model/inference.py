@@ -12,7 +12,6 @@ F d_ff, V vocabulary.
 import copy
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -197,8 +196,21 @@ class DecodingState:
             cache.keys.normal_()
             cache.v_BGSK.normal_()
 
+    def bias(self, position: int | Tensor, end: int) -> Tensor:
+        """Bias (H, end) of a token's scores with the first `end` positions; those behind its own are hidden.
+
+        Args:
+            position: the token's, as `KVCache.put` takes it.
+            end: positions attended to.
+        """
+        first = len(self.positions) - 1 - position
+        if isinstance(first, Tensor):
+            return self.bias_HL.index_select(1, first + self.positions[:end])
+        return self.bias_HL[:, first : first + end]
+
     def keep(self, rows_B: Tensor) -> None:
         """Keep only the sequences of these indices, in their order."""
+        assert self.recorded is None, "graphs would go on writing to the memory that this gives up"
         for cache in (*self.self_caches, *self.cross_caches):
             cache.keep(rows_B)
         self.encoded_BSD = None if self.encoded_BSD is None else self.encoded_BSD[rows_B]
@@ -210,7 +222,14 @@ class DecodingState:
             self.cross_mask.copy_(cross_mask)
         if self.encoded_BSD is not None:
             self.encoded_BSD.copy_(encoded_BSD)
+        self.clear_self_caches()
         self.length = 0
+
+    def clear_self_caches(self) -> None:
+        """Make all their positions numbers: compiled steps read those to come too, and the bias hides no NaN."""
+        for cache in self.self_caches:
+            cache.keys.zero_()
+            cache.v_BGSK.zero_()
 
 
 class InferenceT5(nn.Module):
@@ -222,8 +241,8 @@ class InferenceT5(nn.Module):
         compile_step: torch.compile the decode step, anew for each batch, source length and `STRETCH` of the output: 8 s
             for 4 layers, 15 s for 12, on 2 cores. It halves the time of small models, whose steps are mostly overhead;
             steps that read gigabytes gain nothing. On a GPU the products are compiled with what stands around them,
-            and the step is recorded as a CUDA graph, see `graphs.py`: then `start` takes back the state of the last
-            batch of the same shape. Ignored where there is no compiler.
+            and the step is recorded as a CUDA graph, see `graphs.py`: then `start` gives the state of an earlier batch
+            of the same shape again, and `step` the same logits' memory. Ignored where there is no compiler.
     """
 
     def __init__(self, model: T5, cross_kv: str = "cached", *, compile_step: bool = False) -> None:
@@ -253,7 +272,7 @@ class InferenceT5(nn.Module):
 
     def _prepare_step(self) -> None:
         self._decode_once = self._decode
-        self._kept: dict[tuple[int, int, int, bool], DecodingState] = {}
+        self._kept: dict[tuple[int, int, int, bool, bool], DecodingState] = {}
         if self.compiled:
             allow_many_versions()
         if self.compiled and not self.on_gpu:
@@ -281,13 +300,17 @@ class InferenceT5(nn.Module):
     def start(self, encoded_BSD: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> DecodingState:
         """Allocate the caches and fill those of cross-attention.
 
+        Where steps are recorded, the state may be one that was given before, of as many sequences, source positions and
+        tokens, with a mask or without: it begins again, whoever still holds it.
+
         Args:
             encoded_BSD: encoded source states.
             attention_mask: (B, S) of ones and zeros, or None when nothing is padded.
             max_new_tokens: capacity of the self-attention caches.
         """
         cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
-        shape = (*encoded_BSD.shape[:2], max_new_tokens, cross_mask is None)
+        B, S, _ = encoded_BSD.shape  # and torch does not write outside of inference mode to what was made in it
+        shape = (B, S, max_new_tokens, cross_mask is None, torch.is_inference_mode_enabled())
         state = self._kept.pop(shape, None)
         if state is None:
             if len(self._kept) == KEPT:
@@ -307,10 +330,6 @@ class InferenceT5(nn.Module):
         recording = self.compiled and self.on_gpu
         self_caches = [layer.cache(B, max_new_tokens, encoded_BSD) for layer in self._layers]
         cross_caches = [layer.cache(B, S, encoded_BSD) for layer in self._layers]
-        if self.compiled:
-            for cache in self_caches:  # positions to come are read, and hidden by the bias: they must be numbers
-                cache.keys.zero_()
-                cache.v_BGSK.zero_()
         distances = torch.arange(-(max_new_tokens - 1), 1, device=encoded_BSD.device)
         bias_HL = self.relative_bias.of_distances(distances).detach()
         hidden_HL = torch.full_like(bias_HL, torch.finfo(bias_HL.dtype).min)
@@ -325,12 +344,16 @@ class InferenceT5(nn.Module):
             torch.cat([bias_HL, hidden_HL], dim=1),
             torch.arange(max_new_tokens, device=encoded_BSD.device),
         )
+        if self.compiled:
+            state.clear_self_caches()
         if recording:
-            state.recorded = RecordedSteps(state.bias_HL, B)
+            state.recorded = RecordedSteps(B, encoded_BSD.device)
         return state
 
     def step(self, token_B: Tensor, state: DecodingState) -> Tensor:
         """Feed one token per sequence and return the logits (B, V) of the next; advances `state`.
+
+        Where steps are recorded, a later step overwrites them.
 
         Raises:
             IndexError: the caches are full.
@@ -342,16 +365,20 @@ class InferenceT5(nn.Module):
         if self.compiled:  # a graph has fixed shapes: a few of them, and the bias hides what lies behind the token
             stretch = GPU_STRETCH if self.on_gpu else STRETCH
             end = min(capacity, -(-end // stretch) * stretch)
-        at = state.positions[position : position + 1] if self.compiled else position
-        if state.recorded is not None and isinstance(at, Tensor):
-            logits_BV = state.recorded(functools.partial(self._decode, state=state), token_B, at, end)
-        else:
-            bias_HT = state.bias_HL[:, capacity - 1 - position :][:, :end]
+        if state.recorded is not None:
+            logits_BV = state.recorded(functools.partial(self._decode_at, state, end), token_B, position, end)
+        elif self.compiled:
+            at, bias_HT = state.positions[position : position + 1], state.bias(position, end).contiguous()
             # Not as an option of torch.compile, which tracing does not see; not globally, or training would freeze too.
-            with inductor.patch(freezing=True) if self.compiled else nullcontext():
-                logits_BV = self._decode_once(token_B, at, bias_HT.contiguous() if self.compiled else bias_HT, state)
+            with inductor.patch(freezing=True):
+                logits_BV = self._decode_once(token_B, at, bias_HT, state)
+        else:
+            logits_BV = self._decode(token_B, position, state.bias(position, end), state)
         state.length += 1
         return logits_BV
+
+    def _decode_at(self, state: DecodingState, end: int, token_B: Tensor, position: Tensor) -> Tensor:
+        return self._decode(token_B, position, state.bias(position, end), state)
 
     def _decode(self, token_B: Tensor, position: int | Tensor, bias_HT: Tensor, state: DecodingState) -> Tensor:
         x_BD = self.embedding(token_B)

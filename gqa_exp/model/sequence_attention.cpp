@@ -24,7 +24,8 @@
 
 namespace {
 
-constexpr long kQueries = 32;  // of a block at most; 16 to 64 measured the same
+constexpr long kQueries = 32;  // of a block at most; 32 and 64 measured the same
+static_assert(kQueries % (2 * kTile) == 0);  // in tiles, sums over queries take them 32 at a time
 constexpr long kRows = 8;      // of a product's left side at a time; in tiles 16
 
 long row_unit() { return in_tiles ? kTile : kRows; }
@@ -32,7 +33,7 @@ long row_unit() { return in_tiles ? kTile : kRows; }
 // ---- products
 
 // C = A B, or C += A B, for any multiple of row_unit() rows and of 32 columns; lines of B are `line` words apart, rows
-// of C `row` numbers.
+// of C `row` numbers. In tiles, words of A have to lie side by side, and steps be a multiple of 16.
 template <bool Add>
 void product(Left a, const Word* b, long line, long steps, float* c, long row, long rows, long columns) {
   if (in_tiles) {
@@ -90,7 +91,7 @@ struct Rows {
         _mm512_store_si512(out + s / 2 * K + k, pairs_of(elements(s, k), elements(s + 1, k)));
   }
   void columns(long rows, Word* out) const {
-    for (long s = 0; s < rows; s += 32)
+    for (long s = 0; s < rows; s += 2 * kTile)
       for (long k = 0; k < K; k += 16) {
         __m512i from[16], to[16];
         for (long i = 0; i < 16; ++i) from[i] = pairs_of(elements(s + 2 * i, k), elements(s + 2 * i + 1, k));
@@ -127,15 +128,16 @@ struct Attention {
 
   // What was summed for each key becomes its gradient; sums are (keys, K), in tiles (K, line).
   void write_key_sums(const float* sums, long b, long g, BFloat16* gradient) const {
+    if (!in_tiles) {
+      for (long s = 0; s < S; ++s)
+        for (long k = 0; k < K; k += 16) narrow(gradient + key_at(b, g, s) + k, _mm512_load_ps(sums + s * K + k));
+      return;
+    }
     for (long s = 0; s < S; s += 16)
       for (long k = 0; k < K; k += 16) {
         __m512i from[16], rows[16];
-        for (long i = 0; i < 16; ++i)
-          from[i] = _mm512_load_si512(in_tiles ? sums + (k + i) * line + s : sums + (s + i) * K + k);
-        if (in_tiles)
-          turn(from, rows);
-        else
-          std::copy(from, from + 16, rows);
+        for (long i = 0; i < 16; ++i) from[i] = _mm512_load_si512(sums + (k + i) * line + s);
+        turn(from, rows);
         for (long i = 0; i < std::min(16L, S - s); ++i)
           narrow(gradient + key_at(b, g, s + i) + k, _mm512_castsi512_ps(rows[i]));
       }
@@ -287,7 +289,8 @@ struct Block {
         d_score_pairs(memory.words(kQueries / 2 * a.line)),
         weight_pairs(memory.words(kQueries / 2 * a.line)) {}
 
-  // Pairs of queries beyond the last: in tiles they are multiplied too.
+  // Pairs of queries beyond the last: in tiles they are multiplied too, by zeros, and what an earlier block left there
+  // may be NaN.
   void clear_pairs(const Attention<K, Bias>& a, long from, long to) const {
     for (Word* words : {d_score_pairs, weight_pairs}) std::fill(words + from * a.line, words + to * a.line, 0u);
   }
@@ -370,7 +373,7 @@ bool backward(const Attention<K, Bias> a, const Gradients<K> d) {
               block.differentiate(a, d, b, h, first, count, part);
               product<false>({block.d_scores, a.half, 1}, key_pairs, K, a.keys / 2, q_sums, K, rows, K);
               if (in_tiles) {
-                const long all = up(count, 32), pairs = all / 2;
+                const long all = up(count, 2 * kTile), pairs = all / 2;
                 block.clear_pairs(a, (count + 1) / 2, pairs);
                 q.columns(all, query_pairs);
                 d_out.columns(all, d_out_pairs);

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -32,7 +31,7 @@ from gqa_exp.config import (
     variant_label,
 )
 from gqa_exp.errors import InputError, Parser, command, suggest
-from gqa_exp.host import prepare
+from gqa_exp.host import check_device, prepare
 from gqa_exp.model import T5, InferenceT5, T5Config
 from gqa_exp.model.checkpoint import load
 from gqa_exp.results import write_atomically
@@ -138,8 +137,7 @@ def main() -> None:
     geometries = _geometries(arguments)
     layers = min((min(g.num_encoder_layers, g.num_decoder_layers) for g in geometries.values()), default=2**31)
     check_timing(config, layers)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('timing.device="cuda", but torch finds no GPU here; use "cpu"')
+    check_device(config.device, 'timing.device="cuda"')
     dtype, _ = runnable_dtype(config)
     if geometries and arguments.depths != ["whole"]:
         config.depths = depths_that_fit(list(geometries.values()), config, dtype, free_memory(config.device))

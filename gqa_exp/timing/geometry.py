@@ -23,25 +23,33 @@ def free_memory(device: str) -> int:
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
 
 
-def bytes_needed(geometries: Sequence[T5Config], config: TimingConfig, dtype: str) -> float:
+def bytes_needed(geometries: Sequence[T5Config], config: TimingConfig, dtype: str, depths: Sequence[int] = ()) -> float:
     """Bytes that timing these geometries against each other takes at its peak, within about a tenth.
 
     All variants' weights at once, the encoder and both embeddings shared; one variant's weights a second time while
-    they are packed; the caches and the encoder's activations of the variant that takes most, and all variants' caches
-    where their steps are recorded, as on a GPU: these are kept.
+    they are packed; the caches and the encoder's activations of the variant that takes most. Where steps are recorded,
+    as on a GPU, what they read is kept: of all variants, at each of the depths.
+
+    Args:
+        geometries: the variants.
+        config: batch and lengths.
+        dtype: number format that will run.
+        depths: layers that the variants are timed at, up to the deepest; empty: whole.
     """
     element = BYTES_PER_ELEMENT[dtype]
-    works = [Work(g, config.batch_size, config.source_length, config.output_length, dtype) for g in geometries]
-    shared = geometries[0].num_parameters() - _decoder_parameters(geometries[0])
-    decoders = [_decoder_parameters(geometry) for geometry in geometries]
-    largest = geometries[0]
+    timed = [[geometry.cut(depth) for geometry in geometries] for depth in depths] or [list(geometries)]
+    decoders = [_decoder_parameters(geometry) for geometry in timed[-1]]
+    largest = timed[-1][0]
+    shared = largest.num_parameters() - decoders[0]
     B, S = config.encoder_batch_size or config.batch_size, config.source_length
     # Input, q, k, v and output of attention, or both halves of the feed-forward and their product; and the bias matrix.
     widest = max(5 * largest.d_model, 2 * largest.d_model + 3 * largest.d_ff)
     activations = B * S * widest + 2 * largest.num_heads * S * S
     states = 2 * config.batch_size * S * largest.d_model
-    kept = sum if config.device == "cuda" and to_compile(config, largest, dtype) else max
-    caches = kept(work.cache_bytes_per_sample() for work in works) * config.batch_size
+    recorded = config.device == "cuda" and to_compile(config, largest, dtype)
+    lengths = config.batch_size, config.source_length, config.output_length
+    works = [Work(geometry, *lengths, dtype) for variants in timed for geometry in variants]
+    caches = (sum if recorded else max)(work.cache_bytes_per_sample() for work in works) * config.batch_size
     return (shared + sum(decoders) + max(decoders) + activations + states) * element + caches
 
 
@@ -74,7 +82,7 @@ def depths_that_fit(geometries: Sequence[T5Config], config: TimingConfig, dtype:
         choices = [depths for depths in choices if len(depths) != 1]
     need = 0.0
     for depths in choices:
-        need = bytes_needed([g.cut(depths[-1]) if depths else g for g in geometries], config, dtype)
+        need = bytes_needed(geometries, config, dtype, depths)
         if need <= HEADROOM * free:
             return depths
     at = f"at {choices[-1][-1]} layers" if choices[-1] else "whole"

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gqa_exp.config import DTYPES, TimingConfig, check_ranges, parse_kv_heads
 from gqa_exp.errors import InputError, Parser, command
-from gqa_exp.host import prepare, supports_dtype
+from gqa_exp.host import check_device, prepare, supports_dtype
 from gqa_exp.model import T5, InferenceT5, T5Config, generate
 from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.timing.cli import read_model_config
@@ -228,10 +228,9 @@ def main() -> None:
     )
     if arguments.output_length < 2:
         raise InputError("--output-length must be 2 or more: decoding is the time of further tokens")
-    if arguments.device == "cuda" and (arguments.t5gqa_python or arguments.ctranslate2):
+    if arguments.device == "cuda" and (arguments.t5gqa_python or arguments.ctranslate2 is not None):
         raise InputError("CTranslate2 and T5GQA take part on a CPU alone; leave them out, or use --device cpu")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('--device cuda, but torch finds no GPU here; use "cpu"')
+    check_device(arguments.device, "--device cuda")
     supported = [dtype for dtype in DTYPES if supports_dtype(dtype, arguments.device)]
     arguments.dtypes = arguments.dtypes or [dtype for dtype in ("float32", "bfloat16") if dtype in supported]
     for dtype in arguments.dtypes:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gqa_exp.config import TimingConfig
 from gqa_exp.errors import InputError, suggest
-from gqa_exp.host import resolve_dtype, supports_dtype
+from gqa_exp.host import check_device, resolve_dtype, supports_dtype
 from gqa_exp.model import T5, InferenceT5, T5Config, generate, native
 from gqa_exp.model.generate import likeliest
 from gqa_exp.results import TIME_FIELDS, Scalar
@@ -521,8 +521,7 @@ def time_variants(
     Raises:
         InputError: no such reference; no GPU where one is asked for; vocabularies that differ.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('timing.device="cuda", but torch finds no GPU here; use "cpu"')
+    check_device(config.device, 'timing.device="cuda"')
     vocab_sizes = {model.config.vocab_size for model in variants.values()}
     if len(vocab_sizes) > 1:
         raise InputError(

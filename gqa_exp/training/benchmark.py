@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from gqa_exp.errors import InputError, Parser, command
-from gqa_exp.host import can_compile, prepare, resolve_dtype
+from gqa_exp.host import can_compile, check_device, prepare, resolve_dtype
 from gqa_exp.model import T5, T5Config
 from gqa_exp.model.checkpoint import save_hf
 from gqa_exp.model.t5 import allow_many_versions
@@ -218,8 +218,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('--device cuda, but torch finds no GPU here; use "cpu"')
+    check_device(arguments.device, "--device cuda")
     dtype = resolve_dtype(arguments.dtype, arguments.device)
     if dtype not in ("float32", "bfloat16") or arguments.steps < 1 or arguments.rounds < 2:
         raise InputError("--dtype must be float32, bfloat16 or auto, --steps 1 or more, --rounds 2 or more")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gqa_exp.config import TimingConfig
-from gqa_exp.model import generate
+from gqa_exp.model import attention, generate
 from gqa_exp.model.inference import InferenceT5
 from gqa_exp.model.t5 import additive_mask
 from gqa_exp.timing.timer import time_variants
@@ -15,7 +15,6 @@ from gqa_exp.training.loss import token_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-ZERO = torch.zeros(1, dtype=torch.long)
 SIZES = {"d_model": 64, "d_ff": 96, "num_heads": 4, "head_dim": 16, "vocab_size": 128}
 
 
@@ -26,31 +25,36 @@ def steps_of(model, input_ids, mask, tokens_BT):
         return torch.stack([model.step(token_B, state).clone() for token_B in tokens_BT.T], dim=1)
 
 
-# Undivided, divided, with a rest; one query head per KV head and many; one key; more blocks than any GPU has at once.
-@pytest.mark.parametrize(
-    ("B", "G", "R", "S", "K"),
-    [(2, 4, 1, 50, 64), (2, 1, 64, 2048, 64), (3, 2, 20, 1030, 32), (1, 1, 128, 300, 128), (2, 2, 3, 1, 16),
-     (64, 32, 2, 1100, 64)],
-)  # fmt: skip
+# Undivided, divided, with a rest; one query head per KV head and many; one key; more pairs than any GPU has blocks for.
+SHAPES = [
+    (2, 4, 1, 50, 64), (2, 1, 64, 2048, 64), (3, 2, 20, 1030, 32), (1, 1, 128, 300, 64), (2, 2, 3, 1, 16),
+    (64, 32, 2, 1100, 64), (1, 2, 64, 300, 128), (64, 32, 1, 1100, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "G", "R", "S", "K"), SHAPES)
 @pytest.mark.parametrize("bias", ["none", "by head", "by sample"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 3e-3)])
-def test_the_kernel_of_a_step_is_softmax_attention(B, G, R, S, K, bias, dtype, tolerance):
+def test_a_steps_attention_is_its_formula(B, G, R, S, K, bias, dtype, tolerance):
     from gqa_exp.model import gpu_attention
 
-    assert gpu_attention.serves(K, R)
+    assert gpu_attention.serves(dtype, K, R) == (dtype != torch.float32 or K < 128)
     torch.manual_seed(0)
-    capacity = S + 5
-    k, v = torch.randn(2, B, G, capacity, K, device="cuda").to(dtype)
+    k, v = torch.randn(2, B, G, S + 5, K, device="cuda").to(dtype)
     k[:, :, S:] = v[:, :, S:] = torch.nan  # what lies behind must not be read
-    q = (torch.randn(B, G, R, K, device="cuda") * 2 / K**0.5).to(dtype)  # scores of some 2, as a trained model's
+    k, v = k[:, :, :S], v[:, :, :S]
+    q_and_more = torch.randn(B, G * R * K + 24, device="cuda") * 2 / K**0.5  # scores of some 2, as a trained model's
+    q = q_and_more.to(dtype)[:, : G * R * K].reshape(B, G, R, K)
+    there = (torch.rand(B, S, device="cuda") < 0.7).long()
+    there[:, 0] = 1
     added = {
         "none": None,
         "by head": torch.randn(G * R, 2 * S + 3, device="cuda").to(dtype)[:, 3 : 3 + S].view(G, R, S),
-        "by sample": additive_mask((torch.rand(B, S, device="cuda") < 0.7).long().index_fill(1, ZERO.cuda(), 1), dtype),
+        "by sample": additive_mask(there, dtype),
     }[bias]
-    scores = q.double() @ k[:, :, :S].double().transpose(-1, -2)
-    expected = (scores + (0 if added is None else added.double())).softmax(-1) @ v[:, :, :S].double()
-    found = gpu_attention.attend(q, k[:, :, :S], v[:, :, :S], added)
+    scores = q.double() @ k.double().transpose(-1, -2)
+    expected = (scores + (0 if added is None else added.double())).softmax(-1) @ v.double()
+    found = attention._gpu_attention(q, k, v, added)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -83,25 +87,53 @@ def test_steps_equal_a_full_forward_pass(
         torch.testing.assert_close(found.float().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_state_is_kept_for_its_shape_and_no_longer(tiny_model, padded_batch, monkeypatch):
+    monkeypatch.setattr("gqa_exp.model.inference.KEPT", 1)
+    model = InferenceT5(tiny_model(num_kv_heads=2, **SIZES).cuda(), compile_step=True)
+
+    def started(lengths, tokens=40):
+        input_ids, mask = (each.cuda() for each in padded_batch(lengths, 128))
+        state = model.start(model.encode(input_ids, mask), mask, tokens)
+        for _ in range(tokens):
+            model.step(input_ids[:, 0], state)
+        return state
+
+    with torch.inference_mode():
+        first = started([9, 4])
+        assert sorted(first.recorded.graphs) == [32, 40]
+        graphs = dict(first.recorded.graphs)
+        assert started([9, 7]) is first
+        assert first.recorded.graphs == graphs
+        assert first.length == 40
+        assert started([9, 7, 2]) is not first
+        assert started([9, 4]) is not first
+        assert len(model._kept) == 1
+
+
+def test_a_batch_after_one_that_overflowed_is_sound(tiny_model, padded_batch):
+    model = InferenceT5(tiny_model(num_kv_heads=2, **SIZES).cuda(), compile_step=True)
+    input_ids, mask = (each.cuda() for each in padded_batch([9, 4], 128))
+    expected = generate(model, input_ids, mask, max_new_tokens=20, stop_at_eos=False)
+    with torch.inference_mode():
+        state = model.start(model.encode(input_ids, mask), mask, 20)
+        for cache in state.self_caches:
+            cache.keys.fill_(torch.nan)
+            cache.v_BGSK.fill_(torch.nan)
+    assert torch.equal(generate(model, input_ids, mask, max_new_tokens=20, stop_at_eos=False), expected)
+
+
 @pytest.mark.parametrize("padded", [True, False])
-def test_recorded_and_eager_steps_choose_the_same_tokens(tiny_model, padded_batch, padded):
-    model = tiny_model(num_kv_heads=2, **SIZES)
-    input_ids, mask = padded_batch([30, 12, 5] if padded else [30, 30, 30], 128)
+def test_recorded_and_eager_steps_choose_the_tokens_that_a_cpu_does(tiny_model, padded_batch, padded):
+    model = tiny_model(num_kv_heads=2, **{**SIZES, "vocab_size": 8})  # end-of-sequence is one of few words
+    input_ids, mask = padded_batch([30, 12, 5] if padded else [30, 30, 30], 8)
     mask = mask if padded else None
-    expected = generate(model, input_ids, mask, max_new_tokens=70, stop_at_eos=False)
+    expected = [generate(model, input_ids, mask, max_new_tokens=70, stop_at_eos=stop) for stop in (True, False)]
+    assert (expected[0] == model.config.eos_id).any()
     model.cuda()
-    input_ids, mask = input_ids.cuda(), None if mask is None else mask.cuda()
+    on_gpu = input_ids.cuda(), None if mask is None else mask.cuda()
     for prepared in (InferenceT5(model), InferenceT5(model, compile_step=True)):
-        for _ in range(2):
-            found = generate(prepared, input_ids, mask, max_new_tokens=70, stop_at_eos=False)
-            assert torch.equal(found.cpu(), expected)
-        ended = generate(prepared, input_ids, mask, max_new_tokens=70)
-        assert torch.equal(
-            ended.cpu(),
-            generate(
-                copy.deepcopy(model).cpu(), input_ids.cpu(), None if mask is None else mask.cpu(), max_new_tokens=70
-            ),
-        )
+        for stop, tokens in zip((True, False, True), (*expected, expected[0]), strict=True):
+            assert torch.equal(generate(prepared, *on_gpu, max_new_tokens=70, stop_at_eos=stop).cpu(), tokens)
 
 
 def test_variants_are_timed_whole_and_in_parts(tiny_model):

@@ -184,6 +184,17 @@ def test_what_is_no_number_shows(value):
     assert not sequence.gated_gelu(x, torch.ones_like(x))[0].isfinite().any()
 
 
+@with_either
+def test_what_an_earlier_call_left_in_memory_does_not_show():
+    torch.set_num_threads(1)
+    for T, value in ((32, float("nan")), (9, 0.0)):
+        q, k, v = (torch.randn(1, n, 2, 32).bfloat16().requires_grad_() for n in (T, 40, 40))
+        with torch.no_grad():
+            q[0, -1] = value
+        sequence.attention(q, k, v, None, None).float().sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v))
+
+
 def test_no_memory_is_said_and_not_fatal():
     tensors = [torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)] * 3
     pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors))

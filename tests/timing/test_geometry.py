@@ -71,6 +71,10 @@ def test_caches_of_recorded_steps_are_there_together(compiled: str, kept: bool) 
     on_cpu = bytes_needed(both, CONFIG, "float32")
     on_gpu = bytes_needed(both, dataclasses.replace(CONFIG, device="cuda", compile=compiled), "float32")
     assert on_gpu - on_cpu == (3 * geometry(2).kv_cache_bytes(16, 4, 4) if kept else 0)
+    gpu = dataclasses.replace(CONFIG, device="cuda", compile=compiled)
+    three = bytes_needed([geometry(4)], gpu, "float32", [1, 2, 4])
+    one = bytes_needed([geometry(4).cut(4)], gpu, "float32")
+    assert three - one == (3 * geometry(4).cut(3).kv_cache_bytes(16, 4, 4) if kept else 0)  # 1 + 2 layers
 
 
 def test_the_deepest_depths_that_fit_are_taken_and_too_little_memory_is_said() -> None:

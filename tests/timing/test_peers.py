@@ -68,6 +68,7 @@ def test_converted_heads_expanded_write_the_same_in_other_tools(tiny_model, tmp_
         (["--model=t5_bas"], 'did you mean "t5_base"'),
         (["--device=cuda"], 'finds no GPU here; use "cpu"'),
         (["--device=cuda", "--ctranslate2", "int8"], "on a CPU alone"),
+        (["--device=cuda", "--ctranslate2"], "on a CPU alone"),
     ],
 )
 def test_bad_input_is_one_line(
