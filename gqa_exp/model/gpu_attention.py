@@ -4,8 +4,8 @@ All R query heads of a group are one tile of queries, so a cached key or value i
 heads there are fewer (sample, head) pairs than multiprocessors: then the positions are divided between blocks, whose
 partial results, each with the maximum and the sum of its softmax, a second kernel joins (Flash-Decoding, Dao et al.
 2023; softmax in one pass, Milakov and Gimelshein 2018). torch's SDPA does that only where there is no bias. On an H200,
-whose memory a plain sum reads at 4,460 GB/s, heads of 64, bfloat16, caches that the L2 cache does not hold, microseconds
-(GB/s); before queries were read in place:
+whose memory a plain sum reads at 4,460 GB/s, for heads of 64 in bfloat16 and caches that the L2 cache does not hold, in
+microseconds (GB/s); before queries were read in place:
 
                                                SDPA          here
     MHA (64 heads)   batch 32, 2048 keys   237 (4537)    238 (4514)
