@@ -32,6 +32,8 @@ from gqa_exp.training.loop import clock
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+PLANNED_PACE = 0.05
+"""Share of the planned work for which the guessed pace counts beside the measured one."""
 
 
 def places(accelerator: str, count: int | None) -> list[str | None]:
@@ -160,11 +162,25 @@ class _Progress:
     def say(self) -> None:
         self.done += 1
         elapsed, left = time.perf_counter() - self.began, self._left()
-        pace = elapsed / (self.all - left) if left < self.all else 1 / self.places
+        about = clock(seconds_left(self.all, left, elapsed, self.places))
         logger.info(
-            "-- %d of %d points done, %s elapsed, about %s left",
-            self.done, len(self.configs), clock(elapsed), clock(left * pace),
-        )  # fmt: skip
+            "-- %d of %d points done, %s elapsed, about %s left", self.done, len(self.configs), clock(elapsed), about
+        )
+
+
+def seconds_left(planned: float, left: float, elapsed: float, places: int) -> float:
+    """How long the rest will take: at the pace so far, held to the guessed one while little is done.
+
+    Else points that were in the store already, which take seconds and do none of the work, would make the rest endless.
+
+    Args:
+        planned: work of one process at the start, in guessed seconds.
+        left: of it.
+        elapsed: seconds.
+        places: processes at a time.
+    """
+    held = PLANNED_PACE * planned
+    return left * (elapsed + held / places) / (planned - left + held) if left else 0.0
 
 
 @command

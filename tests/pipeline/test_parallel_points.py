@@ -16,7 +16,7 @@ import torch
 from gqa_exp.config import Config
 from gqa_exp.errors import InputError
 from gqa_exp.pipeline import parallel
-from gqa_exp.pipeline.parallel import places, run_points
+from gqa_exp.pipeline.parallel import places, run_points, seconds_left
 from gqa_exp.pipeline.plan import Plan
 from gqa_exp.pipeline.point import results_folder, run_point, store_of
 from gqa_exp.results import read_frame
@@ -129,6 +129,16 @@ def test_a_process_sees_its_gpu_alone(make_config: Make, tmp_path: Path, monkeyp
     written = json.loads((tmp_path / "0.json").read_text())
     assert (written["num_kv_heads"], written["trainer"]["threads"]) == (1, 3)
     assert config.trainer.threads is None
+
+
+def test_what_is_left_is_told_by_the_pace_so_far() -> None:
+    assert seconds_left(0.0, 0.0, 9.0, 2) == 0
+    assert seconds_left(6000.0, 6000.0, 0.0, 2) == pytest.approx(3000)
+    # Points of the store alone are done: some seconds have passed, and nearly all is left.
+    assert 3000 < seconds_left(6000.0, 5999.0, 19.0, 2) < 3500
+    # Half is done, in twice the time that was planned; the other half takes nearly as long.
+    assert seconds_left(6000.0, 3000.0, 3000.0, 2) == pytest.approx(3000, rel=0.05)
+    assert seconds_left(6000.0, 0.0, 7000.0, 2) == 0
 
 
 def test_points_of_several_devices_are_refused(make_config: Make, tmp_path: Path) -> None:
