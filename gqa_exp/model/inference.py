@@ -309,7 +309,8 @@ class InferenceT5(nn.Module):
             max_new_tokens: capacity of the self-attention caches.
         """
         cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
-        B, S, _ = encoded_BSD.shape  # and torch does not write outside of inference mode to what was made in it
+        B, S, _ = encoded_BSD.shape
+        # What is made in inference mode cannot be written to outside of it.
         shape = (B, S, max_new_tokens, cross_mask is None, torch.is_inference_mode_enabled())
         state = self._kept.pop(shape, None)
         if state is None:
