@@ -151,7 +151,7 @@ int linear(const Call<float>& call) { return linear_by_vectors(call); }
 
 #ifdef __AMX_BF16__
 
-constexpr long kTileRows = 16, kTileInputs = 32, kTileOutputs = 16, kElements = kTileRows * kTileInputs;
+constexpr long kTileRows = kTile, kTileInputs = 2 * kTile, kTileOutputs = kTile, kElements = kTileRows * kTileInputs;
 
 // Sums of one or two tiles of rows and two of outputs. x: (inputs / 32, Tiles, 16, 32); w: two times (inputs / 32, tile)
 template <int Tiles>

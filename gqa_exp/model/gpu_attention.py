@@ -61,7 +61,7 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
     out_BGRK = q_BGRK.new_empty(q_BGRK.shape)
     pairs, multiprocessors = B * G, _multiprocessors(q_BGRK.device)
     parts = min(-(-BLOCKS_PER_MULTIPROCESSOR * multiprocessors // pairs), -(-S // (2 * TILE)), MOST_PARTS)
-    length = -(-S // (max(1, parts) * TILE)) * TILE  # of a part, whole tiles
+    length = -(-S // (parts * TILE)) * TILE  # of a part, whole tiles
     parts = -(-S // length)
     many = parts == 1 and S >= 1024 and pairs >= 8 * multiprocessors
     tile = LONG_TILE if many and 2 * K * q_BGRK.element_size() <= MOST_BYTES else TILE
@@ -71,7 +71,8 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
         ends = torch.empty(pairs * parts * R, 2, dtype=torch.float32, device=q_BGRK.device)
     added = q_BGRK if bias is None else bias.expand(B, G, R, S)
     rows = max(16, triton.next_power_of_2(R))  # a tile of a product has 16 rows at least
-    with torch.cuda.device(q_BGRK.device) if q_BGRK.is_cuda else nullcontext():  # where Triton starts kernels
+    # Triton starts kernels on the current device; interpreted, it takes tensors of a CPU.
+    with torch.cuda.device(q_BGRK.device) if q_BGRK.is_cuda else nullcontext():
         _part[(pairs, parts)](
             q_BGRK, k_BGSK, v_BGSK, added, sums, ends, out_BGRK, S, length, G, R,
             q_BGRK.stride(0), *k_BGSK.stride()[:3], *v_BGSK.stride()[:3], *added.stride(),

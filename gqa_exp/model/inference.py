@@ -29,7 +29,7 @@ HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyp
 STRETCH = 128
 """A step compiled on a CPU attends to a multiple of so many cached positions: one graph for each, not for each step."""
 GPU_STRETCH = 32
-"""The same on a GPU, where a graph is recorded in milliseconds."""
+"""The same on a GPU, where nothing is compiled anew for a further graph."""
 KEPT = 2
 """States whose steps are recorded, of different shapes, that a model keeps: each with its caches."""
 ROWS = 8

@@ -103,12 +103,13 @@ class Trainee:
     def product_seconds(self, steps: int = 3) -> float:
         """Seconds that products with weights take of a step, the median of a few."""
         found = []
-        where = ProfilerActivity.CUDA if self.device == "cuda" else ProfilerActivity.CPU
+        activities, by = [ProfilerActivity.CPU], "self_cpu_time_total"
+        if self.device == "cuda":
+            activities, by = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
         for _ in range(steps):
-            with profile(activities={ProfilerActivity.CPU, where}) as profiled:
+            with profile(activities=activities) as profiled:
                 self.step()
             products = [event for event in profiled.key_averages() if event.key in PRODUCTS]
-            by = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
             found.append(sum(getattr(event, by) for event in products) * 1e-6)
         return float(np.median(found))
 
