@@ -1,4 +1,7 @@
-"""What is different on a GPU: its attention, recorded decode steps, and training there beside training on a CPU."""
+"""What is different on a GPU: its attention, decode steps in each number format, timing, and training beside a CPU's.
+
+More of recorded steps is in test_graphs.py.
+"""
 
 import copy
 import math
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 from gqa_exp.config import TimingConfig
-from gqa_exp.model import attention, generate
+from gqa_exp.model import attention
 from gqa_exp.model.inference import InferenceT5
 from gqa_exp.model.t5 import additive_mask
 from gqa_exp.timing.timer import time_variants
@@ -85,55 +88,6 @@ def test_steps_equal_a_full_forward_pass(
         on_gpu = None if mask is None else mask.cuda()
         found = steps_of(prepared, input_ids.cuda(), on_gpu, tokens_BT.cuda())
         torch.testing.assert_close(found.float().cpu(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_a_state_is_kept_for_its_shape_and_no_longer(tiny_model, padded_batch, monkeypatch):
-    monkeypatch.setattr("gqa_exp.model.inference.KEPT", 1)
-    model = InferenceT5(tiny_model(num_kv_heads=2, **SIZES).cuda(), compile_step=True)
-
-    def started(lengths, tokens=40):
-        input_ids, mask = (each.cuda() for each in padded_batch(lengths, 128))
-        state = model.start(model.encode(input_ids, mask), mask, tokens)
-        for _ in range(tokens):
-            model.step(input_ids[:, 0], state)
-        return state
-
-    with torch.inference_mode():
-        first = started([9, 4])
-        assert sorted(first.recorded.graphs) == [32, 40]
-        graphs = dict(first.recorded.graphs)
-        assert started([9, 7]) is first
-        assert first.recorded.graphs == graphs
-        assert first.length == 40
-        assert started([9, 7, 2]) is not first
-        assert started([9, 4]) is not first
-        assert len(model._kept) == 1
-
-
-def test_a_batch_after_one_that_overflowed_is_sound(tiny_model, padded_batch):
-    model = InferenceT5(tiny_model(num_kv_heads=2, **SIZES).cuda(), compile_step=True)
-    input_ids, mask = (each.cuda() for each in padded_batch([9, 4], 128))
-    expected = generate(model, input_ids, mask, max_new_tokens=20, stop_at_eos=False)
-    with torch.inference_mode():
-        state = model.start(model.encode(input_ids, mask), mask, 20)
-        for cache in state.self_caches:
-            cache.keys.fill_(torch.nan)
-            cache.v_BGSK.fill_(torch.nan)
-    assert torch.equal(generate(model, input_ids, mask, max_new_tokens=20, stop_at_eos=False), expected)
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_recorded_and_eager_steps_choose_the_tokens_that_a_cpu_does(tiny_model, padded_batch, padded):
-    model = tiny_model(num_kv_heads=2, **{**SIZES, "vocab_size": 8})  # end-of-sequence is one of few words
-    input_ids, mask = padded_batch([30, 12, 5] if padded else [30, 30, 30], 8)
-    mask = mask if padded else None
-    expected = [generate(model, input_ids, mask, max_new_tokens=70, stop_at_eos=stop) for stop in (True, False)]
-    assert (expected[0] == model.config.eos_id).any()
-    model.cuda()
-    on_gpu = input_ids.cuda(), None if mask is None else mask.cuda()
-    for prepared in (InferenceT5(model), InferenceT5(model, compile_step=True)):
-        for stop, tokens in zip((True, False, True), (*expected, expected[0]), strict=True):
-            assert torch.equal(generate(prepared, *on_gpu, max_new_tokens=70, stop_at_eos=stop).cpu(), tokens)
 
 
 def test_variants_are_timed_whole_and_in_parts(tiny_model):
