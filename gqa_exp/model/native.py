@@ -25,12 +25,13 @@ Sources = dict[str, tuple[str, ...]]
 WITH_BFLOAT16: Sources = {
     "decode_attention": ("-ffast-math",),
     "decode_linear": ("-ffast-math",),
+    "decode_step": (),
     "sequence_attention": (),
     "sequence_gelu": (),
     "sequence_linear": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
-FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",)}
+FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",), "decode_step": ()}
 """The same for a CPU without bfloat16."""
 HEADERS = ("common", "products", "tiles", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
@@ -62,7 +63,7 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
     Raises:
         TypeError: they are of several number formats.
     """
-    _check_alike(q_BGRK, k_BGSK, v_BGSK, bias)
+    check_alike(q_BGRK, k_BGSK, v_BGSK, bias)
     B, G, R, K = q_BGRK.shape
     end = k_BGSK.shape[2]
     out_BGRK = q_BGRK.new_empty(q_BGRK.shape)
@@ -72,7 +73,7 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
         strides = bias.stride()[:3]
     sizes = (ctypes.c_long * 9)(B, G, R, end, q_BGRK.stride(0), k_BGSK.stride(1), *strides)
     pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (q_BGRK, k_BGSK, v_BGSK, bias, out_BGRK))
-    _attention(q_BGRK.dtype, K)(*pointers, sizes)
+    attention_kernel(q_BGRK.dtype, K)(*pointers, sizes)
     return out_BGRK
 
 
@@ -121,7 +122,7 @@ def linear(
         MemoryError: no room for a copy of x.
         TypeError: they are of several number formats.
     """
-    _check_alike(x, packed, norm, residual)
+    check_alike(x, packed, norm, residual)
     x = x.contiguous()
     inputs = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], outputs // 2 if gated else outputs))
@@ -129,7 +130,7 @@ def linear(
         return y
     tensors = (x, norm, packed, None if residual is None else residual.contiguous(), y)
     sizes = (ctypes.c_long * 4)(x.numel() // inputs, inputs, outputs, gated)
-    if _linear(x.dtype)(*(None if t is None else t.data_ptr() for t in tensors), sizes, epsilon):
+    if linear_kernel(x.dtype)(*(None if t is None else t.data_ptr() for t in tensors), sizes, epsilon):
         raise MemoryError(f"no memory to lay out {tuple(x.shape)} inputs")
     return y
 
@@ -141,24 +142,35 @@ torch.library.custom_op("gqa_exp::linear", linear, mutates_args=()).register_fak
 )
 
 
-def _check_alike(first: Tensor, *others: Tensor | None) -> None:
-    """The kernels would take the bits of one number format for those of another."""
+def check_alike(first: Tensor, *others: Tensor | None) -> None:
+    """TypeError unless of one number format: the kernels would take the bits of one for those of another."""
     for other in others:
         if other is not None and other.dtype != first.dtype:
             raise TypeError(f"number formats differ: {first.dtype} and {other.dtype}")
 
 
 @functools.cache
-def _attention(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
+def attention_kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
+    """The kernel behind `attend`, where `serves_attention`."""
     function: Callable[..., None] = getattr(library(), f"{str(dtype).removeprefix('torch.')}_{head_dim}")
     return function
 
 
 @functools.cache
-def _linear(dtype: torch.dtype) -> Callable[..., int]:
+def linear_kernel(dtype: torch.dtype) -> Callable[..., int]:
+    """The kernel behind `linear`."""
     function = getattr(library(), f"linear_{str(dtype).removeprefix('torch.')}")
     function.argtypes = (*[ctypes.c_void_p] * 5, ctypes.POINTER(ctypes.c_long), ctypes.c_float)
     return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def step_kernel() -> Callable[..., int]:
+    """The one that runs these two for a whole decode step, see `decode_step.py`."""
+    function: Callable[..., int] = library().decode_step  # type: ignore[union-attr]
+    pointer = ctypes.c_void_p
+    function.argtypes = (pointer, pointer, ctypes.c_long, pointer, ctypes.c_long, pointer)  # type: ignore[attr-defined]
+    return function
 
 
 def use_tiles(wanted: bool) -> bool:

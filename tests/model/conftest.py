@@ -2,7 +2,7 @@ import pytest
 
 from gqa_exp.model import native, sequence
 
-CACHED = (native.library, native._linear, native._attention)
+CACHED = (native.library, native.linear_kernel, native.attention_kernel, native.step_kernel)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from gqa_exp.host import supports_dtype
 from gqa_exp.model import generate, native
 from gqa_exp.model.checkpoint import load, save_hf
 from gqa_exp.model.generate import likeliest
-from gqa_exp.model.inference import InferenceT5, PackedLinear
+from gqa_exp.model.inference import InferenceT5
+from gqa_exp.model.packed import PackedLinear
 from gqa_exp.pipeline.stages import SHIPPED
 
 
@@ -84,7 +85,7 @@ def test_weights_of_every_layout_give_the_same(tiny_model, padded_batch, monkeyp
         pytest.skip("oneDNN does not multiply in this number format here")
     if layout != "native":
         monkeypatch.setattr("gqa_exp.model.native.library", lambda: None)
-    monkeypatch.setattr("gqa_exp.model.inference.HAS_ONEDNN", layout == "oneDNN")
+    monkeypatch.setattr("gqa_exp.model.packed.HAS_ONEDNN", layout == "oneDNN")
     prepared = InferenceT5(model.to(dtype))
     products = [module for module in prepared.modules() if isinstance(module, PackedLinear)]
     assert {product.layout for product in products} - {"oneDNN", "plain"} == {layout} - {"oneDNN", "plain"}

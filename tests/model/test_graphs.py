@@ -1,4 +1,4 @@
-"""Decode steps that are recorded and replayed: as CUDA graphs on a GPU, and on a CPU by a tape that does what they do."""
+"""Decode steps that are recorded and replayed: as CUDA graphs on a GPU, and on a CPU by a tape that acts as they do."""
 
 import copy
 

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gqa_exp.model import native
+from gqa_exp.model.decode_step import DecodeStep
+from gqa_exp.model.inference import InferenceT5
 from gqa_exp.model.t5 import RMSNorm
 
 
@@ -157,3 +159,65 @@ def test_several_number_formats_are_refused(dtype):
         native.linear(torch.randn(2, 32, dtype=other), packed, 32)
     with pytest.raises(TypeError, match="number formats differ"):
         native.linear(torch.randn(2, 32).to(dtype), packed, 32, residual=torch.zeros(2, 32, dtype=other))
+
+
+SIZES = {"d_model": 64, "d_ff": 96, "num_heads": 4, "head_dim": 32, "vocab_size": 128}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("cross_kv", ["cached", "recomputed"])
+@pytest.mark.parametrize("padded", [True, False])
+@torch.inference_mode()
+def test_a_step_in_one_call_equals_its_kernels_called_one_by_one(
+    tiny_model, padded_batch, dtype, padded, cross_kv, threads
+):
+    torch.set_num_threads(threads)
+    model = InferenceT5(tiny_model(num_kv_heads=[4, 1, 2], **SIZES).to(dtype), cross_kv)
+    input_ids, mask = padded_batch([19, 4, 7, 12] if padded else [19] * 4, 128)
+    states = [model.start(model.encode(input_ids, mask), mask if padded else None, 40) for _ in range(2)]
+    assert states[0].native_step is not None
+    states[1].native_step = None
+
+    def steps(token_TB):
+        for token_B in token_TB:
+            at_once, one_by_one = (model.step(token_B, state) for state in states)
+            assert at_once.dtype == dtype
+            assert torch.equal(at_once, one_by_one)
+
+    steps(torch.randint(3, 128, (20, 4)))
+    for state in states:
+        state.keep(torch.tensor([3, 1]))
+    steps(torch.randint(3, 128, (20, 2)))
+    for caches in zip(states[0].self_caches, states[1].self_caches, strict=True):
+        assert torch.equal(caches[0].keys, caches[1].keys)
+        assert torch.equal(caches[0].v_BGSK, caches[1].v_BGSK)
+
+
+@pytest.mark.parametrize(
+    "other", [{"feed_forward": "gated-silu"}, {"vocab_size": 60}, {"head_dim": 24}, {"d_model": 56}]
+)
+def test_a_step_that_has_a_part_without_a_kernel_is_not_one_call(tiny_model, other):
+    for changes in ({}, other):
+        model = InferenceT5(tiny_model(**{**SIZES, **changes}))
+        with torch.inference_mode():
+            state = model.start(torch.zeros(2, 3, model.config.d_model), None, 5)
+        assert (state.native_step is not None) == (native.is_built() and not changes)
+
+
+def test_a_step_of_several_number_formats_is_refused(tiny_model, dtype):
+    model = InferenceT5(tiny_model(**SIZES).to(dtype))
+    with torch.inference_mode():
+        state = model.start(torch.zeros(2, 3, 64, dtype=dtype), None, 5)
+        step, caches = state.native_step, (state.self_caches, state.cross_caches)
+        with pytest.raises(TypeError, match="number formats differ"):
+            step(torch.zeros(2, 64, dtype=torch.float64), 0, state.bias(0, 1))
+        with pytest.raises(TypeError, match="number formats differ"):
+            step(torch.zeros(2, 64, dtype=dtype), 0, state.bias(0, 1).double())
+        with pytest.raises(TypeError, match="number formats differ"):
+            step.bind(*caches, torch.zeros(2, 1, 1, 3, dtype=torch.float64))
+        caches[1][0].v_BGSK = caches[1][0].v_BGSK.double()
+        with pytest.raises(TypeError, match="number formats differ"):
+            step.bind(*caches, None)
+    model.layers[1].wi.norm.double()
+    with pytest.raises(TypeError, match="number formats differ"):
+        DecodeStep(model._layers, model.lm_head).bind(state.self_caches, state.cross_caches, None)
