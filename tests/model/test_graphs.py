@@ -65,14 +65,6 @@ def prepare(monkeypatch):
     return make
 
 
-def steps_of(model, input_ids, mask, tokens_BT):
-    """Logits (B, T, V) of decode steps that are fed the given tokens."""
-    with torch.inference_mode():
-        state = model.start(model.encode(input_ids, mask), mask, tokens_BT.shape[1])
-        assert state.recorded is not None
-        return torch.stack([model.step(token_B, state).clone() for token_B in tokens_BT.T], dim=1)
-
-
 @pytest.mark.parametrize("cross_kv", ["cached", "recomputed"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_steps_equal_a_full_forward_pass(tiny_model, padded_batch, prepare, monkeypatch, padded, cross_kv):
@@ -80,15 +72,21 @@ def test_steps_equal_a_full_forward_pass(tiny_model, padded_batch, prepare, monk
     monkeypatch.setattr("gqa_exp.model.inference.GPU_STRETCH", 8)  # 20 steps in three graphs
     model = tiny_model(num_kv_heads=[4, 1, 2], relative_buckets=8, relative_max_distance=20, **SIZES)
     prepared = prepare(copy.deepcopy(model), "cpu", cross_kv)
+    sources = []
     # The first two batches share graphs; the third has another shape, and the fourth is the second again.
     for seed, lengths in enumerate(([9, 4], [9, 7], [11, 3, 5], [9, 7])):
         input_ids, mask = padded_batch(lengths if padded else [max(lengths)] * len(lengths), 128, seed)
         mask = mask if padded else None
         tokens_BT = torch.randint(3, 128, (len(lengths), 20))
-        with torch.no_grad():
+        with torch.inference_mode():
             expected = model(input_ids, tokens_BT, mask)
-        found = steps_of(prepared, input_ids, mask, tokens_BT)
+            encoded = prepared.encode(input_ids, mask)
+            sources.append((encoded, encoded.clone()))
+            state = prepared.start(encoded, mask, 20)
+            found = torch.stack([prepared.step(token_B, state).clone() for token_B in tokens_BT.T], dim=1)
+        assert state.recorded is not None
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(*source) for source in sources), "a later batch must not write to what was given"
 
 
 @pytest.mark.parametrize("device", DEVICES)
