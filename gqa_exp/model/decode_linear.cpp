@@ -69,12 +69,12 @@ struct Call {
   }
 };
 
-// ---- with vectors: eight rows a pass; more rows meet the weights in the processor's cache, and its arithmetic is the
-// limit. A unit is four bytes of inputs: one float32, or a pair of bfloat16.
+// ---- with vectors: eight rows a pass; more rows meet a chunk of the weights in the first cache, and the processor's
+// arithmetic is the limit. A unit is four bytes of inputs: one float32, or a pair of bfloat16.
 
 constexpr long kRows = 8;
-constexpr long kUnits = 16;    // of a vector
-constexpr long kAhead = 4096;  // bytes to prefetch ahead into the second cache: 27 GB/s of 32, without it 20
+constexpr long kTogether = 8;  // passes that go through a chunk in turn; then the next, or they would not fit in there
+constexpr long kUnit = 4, kUnits = 16;  // bytes of a unit, units of a vector
 constexpr long kChunk = 128;   // units summed before their sum is added: half as far from the exact result as one chain
 
 template <typename T>
@@ -87,28 +87,27 @@ inline __m512 add_product(__m512 sum, float x, const BFloat16* w) {
   return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(_mm512_set1_ps(x)), (__m512bh)_mm512_load_si512(w));
 }
 
-// x: (units, kRows); w, and 16 outputs on, w + high: a vector per unit, `step` units from one to the next
+// Adds the products of a chunk to the sums (kRows, 32), and meanwhile fetches, into the second cache, `share` bytes per
+// unit from `later` on: without it weights were read at 20 GB/s of 32, with it at 27.
+// x: (units, kRows); w, and 16 outputs on, `high` units behind: a vector per unit, `step` units from one to the next
 template <typename T>
-inline void multiply(const float* x, const T* w, long high, long step, long units, float* sums) {
-  std::fill(sums, sums + kRows * kOutputs, 0.0f);
-  for (long first = 0; first < units; first += kChunk) {
-    __m512 low_sums[kRows], high_sums[kRows];  // registers
-    for (long row = 0; row < kRows; ++row) low_sums[row] = high_sums[row] = _mm512_setzero_ps();
-    const long here = std::min(kChunk, units - first);
-    for (long k = 0; k < here; ++k, x += kRows, w += step * kPerUnit<T>) {
-      const T* w_high = w + high * kPerUnit<T>;
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead, _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(w_high) + kAhead, _MM_HINT_T1);
-      for (long row = 0; row < kRows; ++row) {
-        low_sums[row] = add_product(low_sums[row], x[row], w);
-        high_sums[row] = add_product(high_sums[row], x[row], w_high);
-      }
-    }
+inline void multiply(const float* x, const T* w, long high, long step, long units, const char* later, long share,
+                     float* sums) {
+  __m512 low_sums[kRows], high_sums[kRows];  // registers
+  for (long row = 0; row < kRows; ++row) low_sums[row] = high_sums[row] = _mm512_setzero_ps();
+  for (long k = 0; k < units; ++k, x += kRows, w += step * kPerUnit<T>, later += share) {
+    const T* w_high = w + high * kPerUnit<T>;
+    _mm_prefetch(later, _MM_HINT_T1);
+    _mm_prefetch(later + high * kUnit, _MM_HINT_T1);
     for (long row = 0; row < kRows; ++row) {
-      float* sum = sums + row * kOutputs;
-      _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), low_sums[row]));
-      _mm512_store_ps(sum + 16, _mm512_add_ps(_mm512_load_ps(sum + 16), high_sums[row]));
+      low_sums[row] = add_product(low_sums[row], x[row], w);
+      high_sums[row] = add_product(high_sums[row], x[row], w_high);
     }
+  }
+  for (long row = 0; row < kRows; ++row) {
+    float* sum = sums + row * kOutputs;
+    _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), low_sums[row]));
+    _mm512_store_ps(sum + 16, _mm512_add_ps(_mm512_load_ps(sum + 16), high_sums[row]));
   }
 }
 
@@ -134,11 +133,20 @@ int linear_by_vectors(const Call<T>& call) {
     }
 #pragma omp barrier
     for (long block = blocks.begin; block < blocks.end; ++block)
-      for (long pass = 0; pass < passes; ++pass) {
-        alignas(kLine) float sums[kRows * kOutputs];
+      for (long pass = 0; pass < passes; pass += kTogether) {
+        const long together = std::min(kTogether, passes - pass);
+        alignas(kLine) float sums[kTogether * kRows * kOutputs];
+        std::fill(sums, sums + together * kRows * kOutputs, 0.0f);
         const T* w = call.weights + block * kOutputs * call.inputs;
-        multiply(turned + pass * units * kRows, w, high, step, units, sums);
-        for (long row = 0; row < std::min(kRows, rows - pass * kRows); ++row)
+        for (long first = 0; first < units; first += kChunk) {
+          const long here = std::min(kChunk, units - first), share = step * kUnit / together;
+          const T* chunk = w + first * step * kPerUnit<T>;
+          const T* next = first + here < units ? chunk + here * step * kPerUnit<T> : w + kOutputs * call.inputs;
+          for (long i = 0; i < together; ++i)
+            multiply(turned + ((pass + i) * units + first) * kRows, chunk, high, step, here,
+                     reinterpret_cast<const char*>(next) + i * here * share, share, sums + i * kRows * kOutputs);
+        }
+        for (long row = 0; row < std::min(together * kRows, rows - pass * kRows); ++row)
           call.store(sums + row * kOutputs, pass * kRows + row, block);
       }
   }

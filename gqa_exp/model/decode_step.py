@@ -106,6 +106,7 @@ class DecodeStep:
             )
             to.kv_heads = layer.num_kv_heads
         heads = self.step.heads * self.step.head_dim
+        self.logits_BV = torch.empty(B, self.lm_head.outputs, dtype=self.dtype)
         work = [torch.empty(B, width, dtype=self.dtype) for width in (widest, heads, inner)]
         self.step.layers, self.step.batch = ctypes.addressof(layers), B
         self.step.queries, self.step.mixed, self.step.hidden = (each.data_ptr() for each in work)
@@ -113,7 +114,7 @@ class DecodeStep:
         self._read = (layers, own, cross, mask, work)  # as long as their addresses are in use
 
     def __call__(self, x_BD: Tensor, position: int, bias_HT: Tensor) -> Tensor:
-        """The logits (B, V) of one step.
+        """The logits (B, V) of one step, which a later step overwrites.
 
         Args:
             x_BD: the embedded tokens; written to.
@@ -125,11 +126,10 @@ class DecodeStep:
             TypeError: they are of another number format than the weights.
         """
         native.check_alike(self.lm_head.weight, x_BD, bias_HT)
-        logits_BV = x_BD.new_empty(x_BD.shape[0], self.lm_head.outputs)
-        x, bias, logits = (each.data_ptr() for each in (x_BD, bias_HT, logits_BV))
+        x, bias, logits = (each.data_ptr() for each in (x_BD, bias_HT, self.logits_BV))
         if native.step_kernel()(ctypes.addressof(self.step), x, position, bias, bias_HT.stride(0), logits):
             raise MemoryError(f"no memory to lay out {tuple(x_BD.shape)} inputs")
-        return logits_BV
+        return self.logits_BV
 
     def _product(self, product: PackedLinear) -> _Product:
         norm, epsilon = (None, 0.0) if product.norm is None else (product.norm.weight, product.norm.epsilon)

@@ -226,7 +226,7 @@ class InferenceT5(nn.Module):
     def step(self, token_B: Tensor, state: DecodingState) -> Tensor:
         """Feed one token per sequence and return the logits (B, V) of the next; advances `state`.
 
-        Where steps are recorded, a later step overwrites them.
+        A later step of the same state may overwrite them.
 
         Raises:
             IndexError: the caches are full.

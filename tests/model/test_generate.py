@@ -43,7 +43,7 @@ def steps_of(model, input_ids, mask, tokens_BT):
     """Logits (B, T, V) of decode steps that are fed the given tokens."""
     with torch.inference_mode():
         state = model.start(model.encode(input_ids, mask), mask, tokens_BT.shape[1])
-        return torch.stack([model.step(token_B, state) for token_B in tokens_BT.T], dim=1)
+        return torch.stack([model.step(token_B, state).clone() for token_B in tokens_BT.T], dim=1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
