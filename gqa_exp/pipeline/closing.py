@@ -24,7 +24,7 @@ from gqa_exp.training.finetune import read_split
 
 logger = logging.getLogger(__name__)
 
-TIME_VERSION = 5
+TIME_VERSION = 6
 REFERENCE = "MHA"
 
 
