@@ -73,7 +73,7 @@ struct Call {
 // arithmetic is the limit. A unit is four bytes of inputs: one float32, or a pair of bfloat16.
 
 constexpr long kRows = 8;
-constexpr long kTogether = 8;  // passes that go through a chunk in turn; then the next, or they would not fit in there
+constexpr long kTogether = 8;  // passes that go through the chunks in turn; their sums are on the stack, 8 KiB
 constexpr long kUnit = 4, kUnits = 16;  // bytes of a unit, units of a vector
 constexpr long kChunk = 128;   // units summed before their sum is added: half as far from the exact result as one chain
 

@@ -1,12 +1,12 @@
 """A decode step on a CPU by one call: `decode_step.cpp` runs all kernels of all layers, with no Python between them.
 
-Shape suffixes: B batch, D d_model, H query heads, T cached positions, V vocabulary.
+Shape suffixes: B batch, S source length, T cached positions, D d_model, H query heads, G KV heads, K head_dim,
+V vocabulary.
 """
 
 import ctypes
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from gqa_exp.model import native
@@ -56,86 +56,99 @@ class DecodeStep:
     """The decode steps of one state, by the kernels of `native.py`.
 
     Args:
-        layers: whose steps `serves` says can be run so.
+        layers: of the decoder, which with `lm_head` and the caches `serves` says yes to.
         lm_head: with the norm before it.
+        own: a layer's self-attention's cache each, of B sequences.
+        cross: its cross-attention's, filled or to be filled before a step.
+        mask: added to cross-attention's scores, broadcastable to (B, 1, 1, S), or None.
+
+    Raises:
+        TypeError: they are of several number formats.
     """
 
-    def __init__(self, layers: Sequence[PackedDecoderLayer], lm_head: PackedLinear) -> None:
-        self.layers, self.lm_head = layers, lm_head
-        self.dtype = lm_head.weight.dtype
-        first = layers[0]
-        self.step = _Step(
-            multiply=_address(native.linear_kernel(self.dtype)),
-            attend=_address(native.attention_kernel(self.dtype, first.head_dim)),
-            depth=len(layers),
-            lm_head=self._product(lm_head),
-            heads=first.num_kv_heads * first.group,
-            head_dim=first.head_dim,
-            head_bytes=first.head_dim * self.dtype.itemsize,
+    def __init__(
+        self,
+        layers: Sequence[PackedDecoderLayer],
+        lm_head: PackedLinear,
+        own: Sequence[KVCache],
+        cross: Sequence[KVCache],
+        mask: Tensor | None,
+    ) -> None:
+        self.parts = layers, lm_head
+        self._tensors: list[Tensor] = []  # held, since what follows are their addresses
+        weight, first = lm_head.weight, layers[0]
+        B, S = own[0].v_BGSK.shape[0], cross[0].v_BGSK.shape[2]
+        H, K = first.num_kv_heads * first.group, first.head_dim
+        self.capacity = own[0].v_BGSK.shape[2]
+        self.inputs_shape, self.heads = (B, lm_head.inputs), H
+        self.logits_BV = weight.new_empty(B, lm_head.outputs)
+        widest = max(layer.qkv.outputs for layer in layers)
+        work = [weight.new_empty(B, width) for width in (widest, H * K, max(layer.wo.inputs for layer in layers))]
+        self._layers = (_Layer * len(layers))(
+            *(
+                _Layer(
+                    *(self._product(getattr(layer, name)) for name in PRODUCTS),
+                    *(_Cache(*self._addresses(cache.keys, cache.v_BGSK), cache.v_BGSK.shape[2]) for cache in caches),
+                    layer.num_kv_heads,
+                )
+                for layer, *caches in zip(layers, own, cross, strict=True)
+            )
         )
+        no_bias = _Bias(None, 0, 0)
+        self._step = _Step(
+            *map(_address, (native.linear_kernel(weight.dtype), native.attention_kernel(weight.dtype, K))),
+            ctypes.addressof(self._layers),
+            len(layers),
+            self._product(lm_head),
+            no_bias if mask is None else _Bias(*self._addresses(mask.expand(B, 1, 1, S).contiguous()), S, 0),
+            *(B, H, K, K * weight.element_size()),
+            *self._addresses(*work),
+        )
+        native.check_alike(weight, *self._tensors)
 
     @staticmethod
     def serves(layers: Sequence[PackedDecoderLayer], lm_head: PackedLinear, caches: Sequence[KVCache]) -> bool:
         """Whether there is a kernel for each part of these layers' steps."""
         products = [getattr(layer, name) for layer in layers for name in PRODUCTS]
-        native_alone = all(product.layout == "native" for product in (*products, lm_head))
+        native_alone = bool(layers) and all(product.layout == "native" for product in (*products, lm_head))
         return native_alone and all(layer.wi.gated for layer in layers) and all(cache.native for cache in caches)
 
-    def bind(self, own: Sequence[KVCache], cross: Sequence[KVCache], mask: Tensor | None) -> None:
-        """Let steps read and write these caches from now on.
-
-        Args:
-            own: of self-attention.
-            cross: of cross-attention.
-            mask: added to cross-attention's scores, (B, 1, 1, S), or None.
-
-        Raises:
-            TypeError: they are of another number format than the weights.
-        """
-        B, S = own[0].v_BGSK.shape[0], cross[0].v_BGSK.shape[2]
-        widest = max(layer.qkv.outputs for layer in self.layers)
-        inner = max(layer.wo.inputs for layer in self.layers)
-        mask = None if mask is None else mask.reshape(B, S)
-        native.check_alike(self.lm_head.weight, mask, *(cache.v_BGSK for cache in (*own, *cross)))
-        layers = (_Layer * len(self.layers))()
-        for to, layer, *caches in zip(layers, self.layers, own, cross, strict=True):
-            for name in PRODUCTS:
-                setattr(to, name, self._product(getattr(layer, name)))
-            to.own, to.cross = (
-                _Cache(cache.keys.data_ptr(), cache.v_BGSK.data_ptr(), cache.v_BGSK.shape[2]) for cache in caches
-            )
-            to.kv_heads = layer.num_kv_heads
-        heads = self.step.heads * self.step.head_dim
-        self.logits_BV = torch.empty(B, self.lm_head.outputs, dtype=self.dtype)
-        work = [torch.empty(B, width, dtype=self.dtype) for width in (widest, heads, inner)]
-        self.step.layers, self.step.batch = ctypes.addressof(layers), B
-        self.step.queries, self.step.mixed, self.step.hidden = (each.data_ptr() for each in work)
-        self.step.mask = _Bias(*((None, 0, 0) if mask is None else (mask.data_ptr(), S, 0)))
-        self._read = (layers, own, cross, mask, work)  # as long as their addresses are in use
-
     def __call__(self, x_BD: Tensor, position: int, bias_HT: Tensor) -> Tensor:
-        """The logits (B, V) of one step, which a later step overwrites.
+        """The logits (B, V) of one step, which the next one overwrites.
 
         Args:
-            x_BD: the embedded tokens; written to.
-            position: theirs.
-            bias_HT: added to the scores of the cached positions and their own, the last axis contiguous.
+            x_BD: the embedded tokens, contiguous; written to.
+            position: theirs, T - 1.
+            bias_HT: added to self-attention's scores of the cached positions and their own, the last axis contiguous.
 
         Raises:
             MemoryError: no room for a copy of the inputs of a product.
             TypeError: they are of another number format than the weights.
+            ValueError: they are of other shapes, or the position is not in the cache.
         """
-        native.check_alike(self.lm_head.weight, x_BD, bias_HT)
+        native.check_alike(self.logits_BV, x_BD, bias_HT)
+        shapes, expected = (x_BD.shape, bias_HT.shape), (self.inputs_shape, (self.heads, position + 1))
+        contiguous = x_BD.is_contiguous() and bias_HT.stride(-1) == 1
+        if shapes != expected or not contiguous or not 0 <= position < self.capacity:
+            raise ValueError(
+                f"inputs and bias {tuple(map(tuple, shapes))} at position {position} of {self.capacity}; "
+                f"they must be {expected} and contiguous"
+            )
+        if not len(x_BD):
+            return self.logits_BV
         x, bias, logits = (each.data_ptr() for each in (x_BD, bias_HT, self.logits_BV))
-        if native.step_kernel()(ctypes.addressof(self.step), x, position, bias, bias_HT.stride(0), logits):
-            raise MemoryError(f"no memory to lay out {tuple(x_BD.shape)} inputs")
+        if native.step_kernel()(ctypes.addressof(self._step), x, position, bias, bias_HT.stride(0), logits):
+            raise MemoryError(f"no memory to lay out the inputs of a step's products, {len(x_BD)} rows")
         return self.logits_BV
 
     def _product(self, product: PackedLinear) -> _Product:
-        norm, epsilon = (None, 0.0) if product.norm is None else (product.norm.weight, product.norm.epsilon)
-        native.check_alike(self.lm_head.weight, product.weight, norm)
-        at = None if norm is None else norm.data_ptr()
-        return _Product(at, product.weight.data_ptr(), product.inputs, product.outputs, product.gated, epsilon)
+        norm, epsilon = (None, 0.0) if product.norm is None else (product.norm.weight.detach(), product.norm.epsilon)
+        addresses = (None if norm is None else self._addresses(norm)[0], *self._addresses(product.weight))
+        return _Product(*addresses, product.inputs, product.outputs, product.gated, epsilon)
+
+    def _addresses(self, *tensors: Tensor) -> list[int]:
+        self._tensors += tensors
+        return [tensor.data_ptr() for tensor in tensors]
 
 
 def _address(kernel: Callable[..., object]) -> int | None:

@@ -78,12 +78,14 @@ class DecodingState:
     def keep(self, rows_B: Tensor) -> None:
         """Keep only the sequences of these indices, in their order."""
         assert self.recorded is None, "graphs would go on writing to the memory that this gives up"
+        parts = None if self.native_step is None else self.native_step.parts
+        self.native_step = None  # it holds the memory that this gives up
         for cache in (*self.self_caches, *self.cross_caches):
             cache.keep(rows_B)
         self.encoded_BSD = None if self.encoded_BSD is None else self.encoded_BSD[rows_B]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows_B]
-        if self.native_step is not None:
-            self.native_step.bind(self.self_caches, self.cross_caches, self.cross_mask)
+        if parts is not None:
+            self.native_step = DecodeStep(*parts, self.self_caches, self.cross_caches, self.cross_mask)
 
     def renew(self, encoded_BSD: Tensor, cross_mask: Tensor | None) -> None:
         """Begin again, in the same memory, with another batch of the same shape."""
@@ -219,8 +221,7 @@ class InferenceT5(nn.Module):
         if recording:
             state.recorded = RecordedSteps(B, encoded_BSD.device)
         if not self.compiled and DecodeStep.serves(self._layers, self.lm_head, (*self_caches, *cross_caches)):
-            state.native_step = DecodeStep(self._layers, self.lm_head)
-            state.native_step.bind(self_caches, cross_caches, cross_mask)
+            state.native_step = DecodeStep(self._layers, self.lm_head, self_caches, cross_caches, cross_mask)
         return state
 
     def step(self, token_B: Tensor, state: DecodingState) -> Tensor:
@@ -230,6 +231,7 @@ class InferenceT5(nn.Module):
 
         Raises:
             IndexError: the caches are full.
+            ValueError, RuntimeError: not one token for each sequence of the state.
         """
         position, capacity = state.length, len(state.positions)
         if position >= capacity:
@@ -246,7 +248,9 @@ class InferenceT5(nn.Module):
             with inductor.patch(freezing=True):
                 logits_BV = self._decode_once(token_B, at, bias_HT, state)
         elif state.native_step is not None:
-            self._fill_cross_anew(state)
+            if state.encoded_BSD is not None:
+                for layer, cache in zip(self._layers, state.cross_caches, strict=True):
+                    layer.fill_cross(cache, state.encoded_BSD)
             logits_BV = state.native_step(self.embedding(token_B), position, state.bias(position, end))
         else:
             logits_BV = self._decode(token_B, position, state.bias(position, end), state)
@@ -257,16 +261,12 @@ class InferenceT5(nn.Module):
         return self._decode(token_B, position, state.bias(position, end), state)
 
     def _decode(self, token_B: Tensor, position: int | Tensor, bias_HT: Tensor, state: DecodingState) -> Tensor:
-        self._fill_cross_anew(state)
         x_BD = self.embedding(token_B)
         for layer, own, cross in zip(self._layers, state.self_caches, state.cross_caches, strict=True):
+            if state.encoded_BSD is not None:
+                layer.fill_cross(cross, state.encoded_BSD)
             x_BD = layer(x_BD, position, bias_HT, own, cross, state.cross_mask)
         return self.lm_head(x_BD)  # type: ignore[no-any-return]
-
-    def _fill_cross_anew(self, state: DecodingState) -> None:
-        if state.encoded_BSD is not None:
-            for layer, cache in zip(self._layers, state.cross_caches, strict=True):
-                layer.fill_cross(cache, state.encoded_BSD)
 
     @property
     def _layers(self) -> Sequence[PackedDecoderLayer]:

@@ -143,7 +143,11 @@ torch.library.custom_op("gqa_exp::linear", linear, mutates_args=()).register_fak
 
 
 def check_alike(first: Tensor, *others: Tensor | None) -> None:
-    """TypeError unless of one number format: the kernels would take the bits of one for those of another."""
+    """Check that tensors are of one number format: the kernels would take the bits of one for those of another.
+
+    Raises:
+        TypeError: they are not.
+    """
     for other in others:
         if other is not None and other.dtype != first.dtype:
             raise TypeError(f"number formats differ: {first.dtype} and {other.dtype}")

@@ -141,27 +141,29 @@ def test_recomputed_cross_attention_equals_cached(tiny_model, padded_batch):
         assert recomputed.step(tokens_BT[:, 0], state).isfinite().all(), "each step computes them anew"
 
 
-def test_ended_sequences_leave_the_batch(tiny_model, monkeypatch):
+@pytest.mark.parametrize("sizes", [{}, {"d_model": 64, "d_ff": 96, "head_dim": 32, "vocab_size": 32}])
+def test_ended_sequences_leave_the_batch(tiny_model, monkeypatch, sizes):
     """Work shrinks with the sequences that go on, and what these become does not change by it."""
     rows, real_step = [], InferenceT5.step
 
     def step(self, token_B, state):
         rows.append(len(token_B))
         assert {len(cache.v_BGSK) for cache in (*state.self_caches, *state.cross_caches)} == {len(token_B)}
+        assert (state.native_step is not None) == (native.is_built() and bool(sizes))  # the small have no kernels
         return real_step(self, token_B, state)
 
     monkeypatch.setattr(InferenceT5, "step", step)
     some_left = 0
     for seed in range(8):
-        model = eos_model(tiny_model, seed, num_kv_heads=2)
+        model = eos_model(tiny_model, seed, num_kv_heads=2, **sizes)
         ids = torch.randint(0, 8, (6, 4))
         rows.clear()
-        stopped = generate(model, ids, max_new_tokens=12)
+        stopped = generate(model, ids, max_new_tokens=40)
         assert rows[0] == 6
         assert all(2 * later <= earlier or later == earlier for earlier, later in itertools.pairwise(rows))
         some_left += rows[-1] < 6
         for row in range(6):
-            alone = generate(model, ids[row : row + 1], max_new_tokens=12)[0]
+            alone = generate(model, ids[row : row + 1], max_new_tokens=40)[0]
             assert torch.equal(stopped[row, : len(alone)], alone)
             assert not stopped[row, len(alone) :].any()
     assert some_left
@@ -180,7 +182,7 @@ def test_a_sequence_does_not_depend_on_its_batch(tiny_model, padded_batch, kv_he
 
 def eos_model(tiny_model, seed, **changes):
     """A model of so few tokens that some sequences end."""
-    return tiny_model(seed, vocab_size=8, **changes)
+    return tiny_model(seed, **{"vocab_size": 8, **changes})
 
 
 def test_greedy_ids_equal_transformers(tiny_model, padded_batch, tmp_path):

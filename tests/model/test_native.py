@@ -61,12 +61,14 @@ def test_linear_is_its_formula(dtype, shape, inputs, outputs, norm, gated, resid
 
 
 @pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.parametrize("inputs", [64, 320])
 @pytest.mark.parametrize("rows", [1, 16, 17, 31, 32, 33, 64, 65, 100])
-def test_rows_and_threads(rows, threads, dtype):
+def test_rows_and_threads(rows, inputs, threads, dtype):
     """Whole numbers small enough that every sum is exact, whatever its order; three blocks of outputs."""
     torch.set_num_threads(threads)
-    x = torch.randint(-3, 4, (rows, 64)).to(dtype)
-    weight = torch.randint(-1, 2, (96, 64)).to(dtype)
+    x = torch.randint(-3, 4, (rows, inputs)).to(dtype)
+    weight = torch.zeros(96, inputs, dtype=dtype)
+    weight[:, torch.randperm(inputs)[:64]] = torch.randint(-1, 2, (96, 64)).to(dtype)
     assert torch.equal(native.linear(x, native.pack(weight), 96).double(), x.double() @ weight.double().T)
 
 
@@ -166,15 +168,16 @@ SIZES = {"d_model": 64, "d_ff": 96, "num_heads": 4, "head_dim": 32, "vocab_size"
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("cross_kv", ["cached", "recomputed"])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("lengths", [[19, 4, 7, 12], [19], [2, 3, 9] * 3, [5] * 70])
 @torch.inference_mode()
 def test_a_step_in_one_call_equals_its_kernels_called_one_by_one(
-    tiny_model, padded_batch, dtype, padded, cross_kv, threads
+    tiny_model, padded_batch, dtype, lengths, cross_kv, threads
 ):
     torch.set_num_threads(threads)
     model = InferenceT5(tiny_model(num_kv_heads=[4, 1, 2], **SIZES).to(dtype), cross_kv)
-    input_ids, mask = padded_batch([19, 4, 7, 12] if padded else [19] * 4, 128)
-    states = [model.start(model.encode(input_ids, mask), mask if padded else None, 40) for _ in range(2)]
+    input_ids, mask = padded_batch(lengths, 128)
+    mask = None if mask.all() else mask
+    states = [model.start(model.encode(input_ids, mask), mask, 16) for _ in range(2)]
     assert states[0].native_step is not None
     states[1].native_step = None
 
@@ -184,40 +187,87 @@ def test_a_step_in_one_call_equals_its_kernels_called_one_by_one(
             assert at_once.dtype == dtype
             assert torch.equal(at_once, one_by_one)
 
-    steps(torch.randint(3, 128, (20, 4)))
+    steps(torch.randint(3, 128, (8, len(lengths))))
+    going = torch.arange(len(lengths)).flip(0)[: (len(lengths) + 1) // 2]
     for state in states:
-        state.keep(torch.tensor([3, 1]))
-    steps(torch.randint(3, 128, (20, 2)))
+        state.keep(going)
+    steps(torch.randint(3, 128, (8, len(going))))
     for caches in zip(states[0].self_caches, states[1].self_caches, strict=True):
         assert torch.equal(caches[0].keys, caches[1].keys)
         assert torch.equal(caches[0].v_BGSK, caches[1].v_BGSK)
 
 
-@pytest.mark.parametrize(
-    "other", [{"feed_forward": "gated-silu"}, {"vocab_size": 60}, {"head_dim": 24}, {"d_model": 56}]
-)
+@torch.inference_mode()
+def test_one_mask_for_all_sequences(tiny_model, padded_batch, dtype):
+    model = InferenceT5(tiny_model(**SIZES).to(dtype))
+    input_ids, mask = padded_batch([9, 9, 4], 128)
+    states = [model.start(model.encode(input_ids), each, 5) for each in (mask[2:], mask[2:].expand(3, 9))]
+    assert torch.equal(*(model.step(input_ids[:, 0], state) for state in states))
+
+
+WITHOUT_A_KERNEL = [{"feed_forward": "gated-silu"}, {"vocab_size": 60}, {"head_dim": 24}, {"d_model": 56}]
+
+
+@pytest.mark.parametrize("other", WITHOUT_A_KERNEL)
+@torch.inference_mode()
 def test_a_step_that_has_a_part_without_a_kernel_is_not_one_call(tiny_model, other):
     for changes in ({}, other):
         model = InferenceT5(tiny_model(**{**SIZES, **changes}))
-        with torch.inference_mode():
-            state = model.start(torch.zeros(2, 3, model.config.d_model), None, 5)
+        state = model.start(torch.zeros(2, 3, model.config.d_model), None, 5)
         assert (state.native_step is not None) == (native.is_built() and not changes)
+
+
+@torch.inference_mode()
+def test_a_model_cut_short_is_one_call_of_its_layers(tiny_model, dtype):
+    model = InferenceT5(tiny_model(num_kv_heads=[4, 1, 2], **SIZES).to(dtype))
+    encoded, token_B = torch.randn(2, 3, 64).to(dtype), torch.tensor([5, 6])
+    for layers in (0, 1, 2):
+        short = model.shallow(layers)
+        states = [short.start(encoded, None, 5) for _ in range(2)]
+        assert (states[0].native_step is not None) == (layers > 0)
+        states[1].native_step = None
+        assert torch.equal(*(short.step(token_B, state) for state in states))
+
+
+@torch.inference_mode()
+def test_a_step_of_other_shapes_is_refused(tiny_model, dtype):
+    """The kernels would read and write what lies behind."""
+    model = InferenceT5(tiny_model(**SIZES).to(dtype))
+    state = model.start(torch.zeros(3, 4, 64, dtype=dtype), None, 5)
+    for token_B in (torch.tensor([3]), torch.tensor([3, 4]), torch.tensor([3, 4, 5, 6]), torch.tensor([[3], [4], [5]])):
+        with pytest.raises(ValueError, match="must be"):
+            model.step(token_B, state)
+    x_BD, step = torch.zeros(3, 64, dtype=dtype), state.native_step
+    assert step(x_BD, 1, state.bias(1, 2)) is step(x_BD, 2, state.bias(2, 3)), "logits stay where they are"
+    wrong = [
+        (x_BD, 0, state.bias(1, 2)),
+        (x_BD, -1, state.bias(1, 0)),
+        (x_BD, 5, torch.zeros(4, 6, dtype=dtype)),
+        (x_BD, 1, torch.zeros(2, 4, dtype=dtype).T),
+        (torch.zeros(64, 3, dtype=dtype).T, 1, state.bias(1, 2)),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="must be"):
+            step(*arguments)
+    nobody = model.start(torch.zeros(0, 4, 64, dtype=dtype), None, 5)
+    assert model.step(torch.zeros(0, dtype=torch.long), nobody).shape == (0, 128)
 
 
 def test_a_step_of_several_number_formats_is_refused(tiny_model, dtype):
     model = InferenceT5(tiny_model(**SIZES).to(dtype))
     with torch.inference_mode():
         state = model.start(torch.zeros(2, 3, 64, dtype=dtype), None, 5)
-        step, caches = state.native_step, (state.self_caches, state.cross_caches)
-        with pytest.raises(TypeError, match="number formats differ"):
-            step(torch.zeros(2, 64, dtype=torch.float64), 0, state.bias(0, 1))
-        with pytest.raises(TypeError, match="number formats differ"):
-            step(torch.zeros(2, 64, dtype=dtype), 0, state.bias(0, 1).double())
-        with pytest.raises(TypeError, match="number formats differ"):
-            step.bind(*caches, torch.zeros(2, 1, 1, 3, dtype=torch.float64))
-        caches[1][0].v_BGSK = caches[1][0].v_BGSK.double()
-        with pytest.raises(TypeError, match="number formats differ"):
-            step.bind(*caches, None)
+    step, own, cross = state.native_step, state.self_caches, state.cross_caches
+    with pytest.raises(TypeError, match="number formats differ"):
+        step(torch.zeros(2, 64, dtype=torch.float64), 0, state.bias(0, 1))
+    with pytest.raises(TypeError, match="number formats differ"):
+        step(torch.zeros(2, 64, dtype=dtype), 0, state.bias(0, 1).double())
+    with pytest.raises(TypeError, match="number formats differ"):
+        DecodeStep(*step.parts, own, cross, torch.zeros(2, 1, 1, 3, dtype=torch.float64))
+    cross[1].v_BGSK = cross[1].v_BGSK.double()
+    with pytest.raises(TypeError, match="number formats differ"):
+        DecodeStep(*step.parts, own, cross, None)
+    cross[1].v_BGSK = cross[1].v_BGSK.to(dtype)
     model.layers[1].wi.norm.double()
     with pytest.raises(TypeError, match="number formats differ"):
-        DecodeStep(model._layers, model.lm_head).bind(state.self_caches, state.cross_caches, None)
+        DecodeStep(*step.parts, own, cross, None)
