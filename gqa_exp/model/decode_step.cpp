@@ -38,7 +38,8 @@ struct Step {
   Product lm_head;
   Bias mask;  // of cross-attention
   long batch, heads, head_dim, head_bytes;
-  // To work in: (batch, (heads + 2 KV heads) head_dim), or the first of it; (batch, heads, head_dim); (batch, d_ff).
+  // To work in. queries: (batch, outputs of the product before), of self-attention (heads + 2 KV heads) head_dim; mixed:
+  // (batch, heads, head_dim); hidden: (batch, d_ff).
   char *queries, *mixed, *hidden;
 
   // norm(x) W^T, gated, plus `y` if added; 0, or 1 where there was no memory.

@@ -13,6 +13,8 @@ from gqa_exp.model import native
 from gqa_exp.model.attention import KVCache
 from gqa_exp.model.packed import PackedDecoderLayer, PackedLinear
 
+# The structs of decode_step.cpp, field by field.
+
 
 class _Product(ctypes.Structure):
     _fields_ = [
@@ -27,6 +29,7 @@ class _Cache(ctypes.Structure):
 
 
 PRODUCTS = ("qkv", "o", "cross_q", "cross_o", "wi", "wo")
+"""Of a layer, by its attributes' names, in the struct's order."""
 
 
 class _Layer(ctypes.Structure):
@@ -56,14 +59,15 @@ class DecodeStep:
     """The decode steps of one state, by the kernels of `native.py`.
 
     Args:
-        layers: of the decoder, which with `lm_head` and the caches `serves` says yes to.
+        layers: of the decoder; `serves` must hold for them, `lm_head` and the caches.
         lm_head: with the norm before it.
-        own: a layer's self-attention's cache each, of B sequences.
-        cross: its cross-attention's, filled or to be filled before a step.
-        mask: added to cross-attention's scores, broadcastable to (B, 1, 1, S), or None.
+        own: of self-attention, one for each layer, of B sequences.
+        cross: of cross-attention, filled or to be filled before a step.
+        mask: added to cross-attention's scores, (B, 1, 1, S), or None.
 
     Raises:
         TypeError: they are of several number formats.
+        ValueError: caches of several shapes.
     """
 
     def __init__(
@@ -105,6 +109,11 @@ class DecodeStep:
             *self._addresses(*work),
         )
         native.check_alike(weight, *self._tensors)
+        for caches, positions in ((own, self.capacity), (cross, S)):
+            for layer, cache in zip(layers, caches, strict=True):
+                expected = (B, layer.num_kv_heads, positions, K)
+                if not cache.keys.shape == cache.v_BGSK.shape == expected:
+                    raise ValueError(f"a cache is {tuple(cache.v_BGSK.shape)}, not {expected}")
 
     @staticmethod
     def serves(layers: Sequence[PackedDecoderLayer], lm_head: PackedLinear, caches: Sequence[KVCache]) -> bool:

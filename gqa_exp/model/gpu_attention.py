@@ -38,8 +38,8 @@ MOST_PARTS = 64
 TILE, LONG_TILE = 64, 128
 """Positions that a block reads at a time; the longer one where nothing is divided and blocks are many."""
 MOST_BYTES = 256
-"""Of a head's key; of half as many in long tiles, and there not in float32. So tiles fit into 99 KiB, the least shared
-memory of GPUs that this serves (compute capability 8.6 and 8.9): compiled for 8.6 by Triton 3.9, none takes more."""
+"""Of a head's key. Long tiles take keys of half as many, and none in float32. So all tiles fit into 99 KiB, the least
+shared memory of GPUs that this serves, as of compute capability 8.6: compiled for it by Triton 3.9, none takes more."""
 
 
 def serves(dtype: torch.dtype, head_dim: int, group: int) -> bool:
@@ -66,7 +66,7 @@ def attend(q_BGRK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, bias: Tensor | None) 
     length = -(-S // (parts * TILE)) * TILE  # of a part, whole tiles
     parts = -(-S // length)
     many = parts == 1 and S >= 1024 and pairs >= 8 * multiprocessors
-    tile = LONG_TILE if many and q_BGRK.element_size() < 4 and 4 * K <= MOST_BYTES else TILE
+    tile = LONG_TILE if many and q_BGRK.element_size() < 4 and 2 * K * q_BGRK.element_size() <= MOST_BYTES else TILE
     sums, ends = out_BGRK, out_BGRK  # not written where nothing is divided
     if parts > 1:
         sums = torch.empty(pairs * parts * R, K, dtype=torch.float32, device=q_BGRK.device)

@@ -176,11 +176,13 @@ class InferenceT5(nn.Module):
 
         Args:
             encoded_BSD: encoded source states.
-            attention_mask: (B, S) of ones and zeros, or None when nothing is padded.
+            attention_mask: (B, S) of ones and zeros, or (1, S) for all; None when nothing is padded.
             max_new_tokens: capacity of the self-attention caches.
         """
         cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
         B, S, _ = encoded_BSD.shape
+        if cross_mask is not None:
+            cross_mask = cross_mask.expand(B, -1, -1, -1).contiguous()
         # What is made in inference mode cannot be written to outside of it.
         shape = (B, S, max_new_tokens, cross_mask is None, torch.is_inference_mode_enabled())
         state = self._kept.pop(shape, None)
@@ -231,8 +233,11 @@ class InferenceT5(nn.Module):
 
         Raises:
             IndexError: the caches are full.
-            ValueError, RuntimeError: not one token for each sequence of the state.
+            ValueError: not one token for each sequence of the state.
         """
+        for cache in state.self_caches[:1]:  # there are none in a model cut to no layers
+            if token_B.shape != cache.v_BGSK.shape[:1]:
+                raise ValueError(f"tokens {tuple(token_B.shape)} for {len(cache.v_BGSK)} sequences")
         position, capacity = state.length, len(state.positions)
         if position >= capacity:
             raise IndexError(f"the decoding caches hold {capacity} tokens and are full")

@@ -104,6 +104,9 @@ def test_a_state_is_kept_for_its_shape_and_no_longer(tiny_model, padded_batch, p
     with torch.inference_mode():
         first = started([9, 4])
         assert sorted(first.recorded.graphs) == [32, 40]
+        first.length = 0
+        with pytest.raises(ValueError, match="for 2 sequences"):
+            model.step(torch.tensor([3], device=device), first)
         graphs = dict(first.recorded.graphs)
         assert started([9, 7]) is first
         assert first.recorded.graphs == graphs

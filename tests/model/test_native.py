@@ -1,3 +1,4 @@
+import copy
 import shutil
 
 import numpy as np
@@ -202,7 +203,11 @@ def test_one_mask_for_all_sequences(tiny_model, padded_batch, dtype):
     model = InferenceT5(tiny_model(**SIZES).to(dtype))
     input_ids, mask = padded_batch([9, 9, 4], 128)
     states = [model.start(model.encode(input_ids), each, 5) for each in (mask[2:], mask[2:].expand(3, 9))]
+    assert states[0].native_step is not None
     assert torch.equal(*(model.step(input_ids[:, 0], state) for state in states))
+    for state in states:
+        state.keep(torch.tensor([2, 1]))
+    assert torch.equal(*(model.step(input_ids[:2, 0], state) for state in states))
 
 
 WITHOUT_A_KERNEL = [{"feed_forward": "gated-silu"}, {"vocab_size": 60}, {"head_dim": 24}, {"d_model": 56}]
@@ -234,9 +239,13 @@ def test_a_step_of_other_shapes_is_refused(tiny_model, dtype):
     """The kernels would read and write what lies behind."""
     model = InferenceT5(tiny_model(**SIZES).to(dtype))
     state = model.start(torch.zeros(3, 4, 64, dtype=dtype), None, 5)
+    parts_alone = InferenceT5(tiny_model(feed_forward="gated-silu", **SIZES).to(dtype))
+    state_of_parts = parts_alone.start(torch.zeros(3, 4, 64, dtype=dtype), None, 5)
     for token_B in (torch.tensor([3]), torch.tensor([3, 4]), torch.tensor([3, 4, 5, 6]), torch.tensor([[3], [4], [5]])):
-        with pytest.raises(ValueError, match="must be"):
-            model.step(token_B, state)
+        for prepared, its_state in ((model, state), (parts_alone, state_of_parts)):
+            with pytest.raises(ValueError, match="for 3 sequences"):
+                prepared.step(token_B, its_state)
+    assert state.length == state_of_parts.length == 0
     x_BD, step = torch.zeros(3, 64, dtype=dtype), state.native_step
     assert step(x_BD, 1, state.bias(1, 2)) is step(x_BD, 2, state.bias(2, 3)), "logits stay where they are"
     wrong = [
@@ -249,6 +258,11 @@ def test_a_step_of_other_shapes_is_refused(tiny_model, dtype):
     for arguments in wrong:
         with pytest.raises(ValueError, match="must be"):
             step(*arguments)
+    for caches in (state.self_caches, state.cross_caches):
+        other = copy.copy(caches[1])
+        other.v_BGSK = other.v_BGSK[:, :, :-1].contiguous()
+        with pytest.raises(ValueError, match="a cache is"):
+            DecodeStep(*step.parts, *([caches[0], other, caches[2]] for _ in range(2)), None)
     nobody = model.start(torch.zeros(0, 4, 64, dtype=dtype), None, 5)
     assert model.step(torch.zeros(0, dtype=torch.long), nobody).shape == (0, 128)
 
