@@ -1,7 +1,7 @@
 // A whole decode step: the kernels of its products and of its attention, one after the other.
 //
 // It computes nothing itself, so it serves every number format that they serve. Called one by one from Python they wait
-// for it: at batch 1, four layers took more than twice as long as their kernels. `decode_step.py` fills these structs.
+// for it: at batch 1, a step of `mini` took 0.49 ms so, and takes 0.16. `decode_step.py` fills these structs.
 
 #include <cstring>
 
