@@ -111,9 +111,10 @@ class InferenceT5(nn.Module):
         cross_kv: "cached" or "recomputed", see `gqa_exp.config.CROSS_KV`.
         compile_step: torch.compile the decode step, anew for each batch, source length and `STRETCH` of the output: 8 s
             for 4 layers, 15 s for 12, on 2 cores. Where `decode_step.py` does not serve, it halves the time of small
-            models, whose steps are mostly overhead; steps that read gigabytes gain nothing. On a GPU the products are compiled with what stands around them,
-            and the step is recorded as a CUDA graph, see `graphs.py`: then `start` gives the state of an earlier batch
-            of the same shape again, and `step` the same logits' memory. Ignored where there is no compiler.
+            models, whose steps are mostly overhead; steps that read gigabytes gain nothing. On a GPU the products are
+            compiled with what stands around them, and the step is recorded as a CUDA graph, see `graphs.py`: then
+            `start` gives the state of an earlier batch of the same shape again, and `step` the same logits' memory.
+            Ignored where there is no compiler.
     """
 
     def __init__(self, model: T5, cross_kv: str = "cached", *, compile_step: bool = False) -> None:
