@@ -81,10 +81,8 @@ class DecodeStep:
         self.parts = layers, lm_head
         self._tensors: list[Tensor] = []  # held, since what follows are their addresses
         weight, first = lm_head.weight, layers[0]
-        B, S = own[0].v_BGSK.shape[0], cross[0].v_BGSK.shape[2]
-        H, K = first.num_kv_heads * first.group, first.head_dim
-        self.capacity = own[0].v_BGSK.shape[2]
-        self.inputs_shape, self.heads = (B, lm_head.inputs), H
+        B, _, capacity, K = own[0].v_BGSK.shape
+        H, S = first.num_kv_heads * first.group, cross[0].v_BGSK.shape[2]
         self.logits_BV = weight.new_empty(B, lm_head.outputs)
         widest = max(layer.qkv.outputs for layer in layers)
         work = [weight.new_empty(B, width) for width in (widest, H * K, max(layer.wo.inputs for layer in layers))]
@@ -98,18 +96,17 @@ class DecodeStep:
                 for layer, *caches in zip(layers, own, cross, strict=True)
             )
         )
-        no_bias = _Bias(None, 0, 0)
         self._step = _Step(
             *map(_address, (native.linear_kernel(weight.dtype), native.attention_kernel(weight.dtype, K))),
             ctypes.addressof(self._layers),
             len(layers),
             self._product(lm_head),
-            no_bias if mask is None else _Bias(*self._addresses(mask.expand(B, 1, 1, S).contiguous()), S, 0),
+            _Bias() if mask is None else _Bias(*self._addresses(mask.expand(B, 1, 1, S).contiguous()), S, 0),
             *(B, H, K, K * weight.element_size()),
             *self._addresses(*work),
         )
         native.check_alike(weight, *self._tensors)
-        for caches, positions in ((own, self.capacity), (cross, S)):
+        for caches, positions in ((own, capacity), (cross, S)):
             for layer, cache in zip(layers, caches, strict=True):
                 expected = (B, layer.num_kv_heads, positions, K)
                 if not cache.keys.shape == cache.v_BGSK.shape == expected:
@@ -136,17 +133,18 @@ class DecodeStep:
             ValueError: they are of other shapes, or the position is not in the cache.
         """
         native.check_alike(self.logits_BV, x_BD, bias_HT)
-        shapes, expected = (x_BD.shape, bias_HT.shape), (self.inputs_shape, (self.heads, position + 1))
+        step, capacity = self._step, self._layers[0].own.capacity
+        shapes, expected = (x_BD.shape, bias_HT.shape), ((step.batch, step.lm_head.inputs), (step.heads, position + 1))
         contiguous = x_BD.is_contiguous() and bias_HT.stride(-1) == 1
-        if shapes != expected or not contiguous or not 0 <= position < self.capacity:
+        if shapes != expected or not contiguous or not 0 <= position < capacity:
             raise ValueError(
-                f"inputs and bias {tuple(map(tuple, shapes))} at position {position} of {self.capacity}; "
+                f"inputs and bias {tuple(map(tuple, shapes))} at position {position} of {capacity}; "
                 f"they must be {expected} and contiguous"
             )
         if not len(x_BD):
             return self.logits_BV
         x, bias, logits = (each.data_ptr() for each in (x_BD, bias_HT, self.logits_BV))
-        if native.step_kernel()(ctypes.addressof(self._step), x, position, bias, bias_HT.stride(0), logits):
+        if native.step_kernel()(ctypes.addressof(step), x, position, bias, bias_HT.stride(0), logits):
             raise MemoryError(f"no memory to lay out the inputs of a step's products, {len(x_BD)} rows")
         return self.logits_BV
 

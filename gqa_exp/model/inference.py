@@ -196,8 +196,7 @@ class InferenceT5(nn.Module):
         if state.recorded is not None:
             self._kept[shape] = state
         if self.cross_kv == "cached":
-            for layer, cache in zip(self._layers, state.cross_caches, strict=True):
-                layer.fill_cross(cache, encoded_BSD)
+            self._fill_cross(state, encoded_BSD)
         return state
 
     def _new_state(self, encoded_BSD: Tensor, cross_mask: Tensor | None, max_new_tokens: int) -> DecodingState:
@@ -255,8 +254,7 @@ class InferenceT5(nn.Module):
                 logits_BV = self._decode_once(token_B, at, bias_HT, state)
         elif state.native_step is not None:
             if state.encoded_BSD is not None:
-                for layer, cache in zip(self._layers, state.cross_caches, strict=True):
-                    layer.fill_cross(cache, state.encoded_BSD)
+                self._fill_cross(state, state.encoded_BSD)
             logits_BV = state.native_step(self.embedding(token_B), position, state.bias(position, end))
         else:
             logits_BV = self._decode(token_B, position, state.bias(position, end), state)
@@ -273,6 +271,10 @@ class InferenceT5(nn.Module):
                 layer.fill_cross(cross, state.encoded_BSD)
             x_BD = layer(x_BD, position, bias_HT, own, cross, state.cross_mask)
         return self.lm_head(x_BD)  # type: ignore[no-any-return]
+
+    def _fill_cross(self, state: DecodingState, encoded_BSD: Tensor) -> None:
+        for layer, cache in zip(self._layers, state.cross_caches, strict=True):
+            layer.fill_cross(cache, encoded_BSD)
 
     @property
     def _layers(self) -> Sequence[PackedDecoderLayer]:
