@@ -39,9 +39,9 @@ def grouped_attention(
         q_BTHK: queries.
         k_BGSK: keys, G dividing H.
         v_BGSK: values.
-        bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both.
-        mask: added too, (B|1, 1, 1, S), without gradient: apart from a bias that all samples share, since the kernel of
-            `sequence.py` does without their sum.
+        bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both; or by
+            distance, (H, T+S-1), see `by_position`, as the kernel of `sequence.py` takes it.
+        mask: added too, (B|1, 1, 1, S), without gradient: apart from the bias, as that kernel takes it.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -50,10 +50,12 @@ def grouped_attention(
     k_BSGK, v_BSGK = k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2)
     if not dropout and sequence.serves_attention(q_BTHK, k_BSGK, v_BSGK, bias, mask):
         return sequence.attention(q_BTHK, k_BSGK, v_BSGK, bias, mask)
-    if mask is not None:
-        bias = mask if bias is None else bias + mask
     B, T, H, K = q_BTHK.shape
     G, S = k_BGSK.shape[1:3]
+    if bias is not None and bias.dim() == 2:
+        bias = by_position(bias, S)
+    if mask is not None:
+        bias = mask if bias is None else bias + mask
     R = H // G
     q_BGLK = q_BTHK.view(B, T, G, R, K).permute(0, 2, 3, 1, 4).reshape(B, G, R * T, K)  # L = R*T folded queries
     bias_BGLS = None if bias is None else _fold_bias(bias, G, R, T, S)
@@ -70,6 +72,18 @@ def grouped_attention(
         added = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
         out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, added, dropout, scale=1.0)
     return out_BGLK.view(B, G, R, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def by_position(bias_HL: Tensor, S: int) -> Tensor:
+    """A bias by distance laid out for each query and key, (1, H, T, S), a Toeplitz matrix per head.
+
+    Args:
+        bias_HL: of the distances (key minus query position) from -(T-1) to S-1, when both start at the same position.
+        S: keys; T follows.
+    """
+    # Contiguous, as the matrix: with the heads innermost, laying it out takes 40 times as long, and all layers read
+    # it for all samples.
+    return bias_HL.contiguous().unfold(1, S, 1).flip(1).contiguous().unsqueeze(0)
 
 
 def _fold_bias(bias: Tensor, G: int, R: int, T: int, S: int) -> Tensor:
@@ -119,8 +133,8 @@ class GroupedAttention(nn.Module):
         out_BTHK = grouped_attention(q_BTHK, k_BGSK, v_BGSK, bias, mask, self.dropout if self.training else 0.0)
         return self.o(out_BTHK.reshape(B, T, self.num_heads * self.head_dim))  # type: ignore[no-any-return]
 
-    def takes_mask_apart(self, x_BTD: Tensor) -> bool:
-        """Whether a mask is best not added to the bias that all samples share."""
+    def by_kernel(self, x_BTD: Tensor) -> bool:
+        """Whether the kernel of `sequence.py` attends, which reads a bias by distance, and a mask apart."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
         return not (self.training and self.dropout) and sequence.serves(dtype, x_BTD.device, self.head_dim)
 
@@ -293,10 +307,5 @@ class RelativePositionBias(nn.Module):
         return self.weight[self.bucket(distance_L)].t()
 
     def forward(self, T: int, S: int) -> Tensor:
-        """Bias (1, H, T, S) of T queries and S keys that start at the same position."""
-        device = self.weight.device
-        # Only T+S-1 distances differ: look those up (a small gradient scatter) and lay them out as a Toeplitz matrix.
-        bias_HL = self.of_distances(torch.arange(-(T - 1), S, device=device))
-        # Contiguous, as the matrix: with the heads innermost, laying it out takes 40 times as long, and all layers read
-        # it for all samples.
-        return bias_HL.contiguous().unfold(1, S, 1).flip(1).contiguous().unsqueeze(0)
+        """Bias (H, T+S-1) by distance, of T queries and S keys that start at the same position."""
+        return self.of_distances(torch.arange(-(T - 1), S, device=self.weight.device)).contiguous()

@@ -14,7 +14,8 @@ Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last 
 On 2 cores with AMX, where linear layers are torch's, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in
 tiles 4.1 / 12.6.
 
-Attention keeps two numbers per query rather than weights for the backward pass, and reads bias and mask apart.
+Attention keeps two numbers per query rather than weights for the backward pass. It reads the mask apart, and the bias
+by distance: T+S-1 numbers per head, which stay in the first cache, rather than T*S.
 """
 
 import ctypes
@@ -29,8 +30,6 @@ from torch import Tensor, nn
 from gqa_exp.model import native
 
 VECTOR, PANEL = 16, 32
-MOST_BYTES_OF_SHARES = 1 << 28
-"""For sums of a bias's gradient that threads keep apart."""
 LEAST_ROWS = 256
 """Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, and its calls cost more."""
 MOST_SUMS = 384 * 256
@@ -54,29 +53,28 @@ def serves_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tenso
     G = k_BSGK.shape[2]
     alike = q_BTHK.dtype == k_BSGK.dtype == v_BSGK.dtype and k_BSGK.shape == v_BSGK.shape
     fits = alike and (len(k_BSGK), k_BSGK.shape[3], H % G) == (B, K, 0) and _threads() <= B * G
-    shared_bias = bias is None or (len(bias) == 1 and bias.dtype in (torch.float32, torch.bfloat16))
+    by_distance = bias is None or (bias.dim() == 2 and bias.dtype in (torch.float32, torch.bfloat16))
     key_mask = mask is None or (mask.shape[1:3] == (1, 1) and not mask.requires_grad)
-    return fits and shared_bias and key_mask and serves(q_BTHK.dtype, q_BTHK.device, K)
+    return fits and by_distance and key_mask and serves(q_BTHK.dtype, q_BTHK.device, K)
 
 
-def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias_HL: Tensor | None, mask: Tensor | None) -> Tensor:
     """Attention in bfloat16 of H query heads over G key/value heads, (B, T, H, K), with gradients of all but the mask.
 
     Args:
         q_BTHK: queries.
         k_BSGK: keys.
         v_BSGK: values.
-        bias: added to the scores, (1, H|1, T|1, S|1), float32 or bfloat16, or None.
-        mask: the same, (B|1, 1, 1, S), of any floating type.
+        bias_HL: added to the scores by distance, (H, T+S-1), see `by_position` in attention.py; float32 or bfloat16, or
+            None.
+        mask: added too, (B|1, 1, 1, S), of any floating type.
 
     Raises:
         MemoryError: no room to work in.
+        ValueError: the bias has not one number for each head and distance.
     """
-    B, T, H, _ = q_BTHK.shape
-    S = k_BSGK.shape[1]
-    bias_HTS = None if bias is None else bias[0].expand(H, T, S)
-    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(B, S)
-    out: Tensor = _attention(q_BTHK, k_BSGK, v_BSGK, bias_HTS, mask_BS)[0]
+    mask_BS = None if mask is None else mask[:, 0, 0].float().expand(len(q_BTHK), k_BSGK.shape[1])
+    out: Tensor = _attention(q_BTHK, k_BSGK, v_BSGK, bias_HL, mask_BS)[0]
     return out
 
 
@@ -114,22 +112,24 @@ def _attention_backward(
     d_out: Tensor,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias (H, T, S), the last empty if not asked for."""
-    B, T, H, _ = q.shape
-    S, G = k.shape[1:3]
+    """Gradients of q, k, v and the bias (H, T+S-1), the last empty if not asked for."""
+    B, G = len(q), k.shape[2]
     gradients = _like(q), _like(k), _like(v)
-    # As many shares of the batch as give all threads the same number of KV heads of a share, each with its own sum.
+    # As many shares of the batch as give all threads the same number of KV heads of a share, each with its own sums.
     threads = torch.get_num_threads()
-    shares = max(1, min(B, threads // math.gcd(threads, G), MOST_BYTES_OF_SHARES // max(1, 4 * H * T * S)))
-    d_bias = q.new_zeros((shares, H, T, S), dtype=torch.float32) if with_bias else None
+    shares = max(1, min(B, threads // math.gcd(threads, G)))
+    d_bias = None
+    if bias is not None and with_bias:  # of queries of even and of odd place
+        H, L = bias.shape
+        d_bias = q.new_zeros((shares, H, 2, L), dtype=torch.float32)
     _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out), (*gradients, d_bias), shares)
-    return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum(0)
+    return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum((0, 2))
 
 
 @_attention_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, with_bias = rest
-    shape = (q.shape[2], q.shape[1], k.shape[1]) if with_bias else (0,)
+    shape = bias.shape if bias is not None and with_bias else (0,)
     return _like(q), _like(k), _like(v), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -154,17 +154,16 @@ def _call_attention(
 
     Raises:
         MemoryError: no room to work in.
+        ValueError: the bias has not one number for each head and distance.
     """
     q, k, bias = given[0], given[1], given[3]
     assert q is not None
     assert k is not None
-    held = [
-        tensor if tensor is None or (tensor is bias and bias.stride(2) == 1) else tensor.contiguous()
-        for tensor in given
-    ]
+    held = [None if tensor is None else tensor.contiguous() for tensor in given]
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    steps = (0, 0) if held[3] is None else held[3].stride()[:2]  # 0 where heads or queries share it
-    sizes = (ctypes.c_long * 8)(B, T, S, G, H // G, *steps, shares)
+    if bias is not None and bias.shape != (H, T + S - 1):
+        raise ValueError(f"a bias of {tuple(bias.shape)} for {H} heads and {T + S - 1} distances")
+    sizes = (ctypes.c_long * 6)(B, T, S, G, H // G, shares)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*held, *results)]
     kind = "float32" if bias is None else _name(bias)
     if _kernel(f"{direction}_{K}_{kind}")((ctypes.c_void_p * len(pointers))(*pointers), sizes):

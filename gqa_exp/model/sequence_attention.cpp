@@ -107,10 +107,10 @@ struct Rows {
 template <int K, typename Bias>
 struct Attention {
   const BFloat16 *q, *k, *v;
-  const Bias* bias;            // added to the scores: (heads, T, S), or null
-  const float* mask;           // the same: (B, S), or null
-  long B, T, S, G, R;          // R query heads to each of G key/value heads
-  long bias_head, bias_query;  // numbers from one head of the bias to the next, and from one query to the next
+  const Bias* bias;    // added to the scores by distance, (heads, T + S - 1), farthest before a query first; or null
+  const float* mask;   // added too: (B, S), or null
+  long B, T, S, G, R;  // R query heads to each of G key/value heads
+  long distances = T + S - 1;
   long heads = G * R;
   long keys = up(S, kColumns);   // padded
   long line = keys + kSkew;      // words of a line of keys
@@ -123,7 +123,8 @@ struct Attention {
     return {x + at(b, h, first), heads * K, count};
   }
   Rows<K> key_rows(const BFloat16* x, long b, long g) const { return {x + key_at(b, g, 0), G * K, S}; }
-  const Bias* bias_row(long h, long t) const { return bias ? bias + h * bias_head + t * bias_query : nullptr; }
+  long distance(long t) const { return T - 1 - t; }  // of the first key from a query; the others' follow
+  const Bias* bias_row(long h, long t) const { return bias ? bias + h * distances + distance(t) : nullptr; }
   const float* mask_row(long b) const { return mask ? mask + b * S : nullptr; }
 
   // What was summed for each key becomes its gradient; sums are (keys, K), in tiles (K, line).
@@ -263,7 +264,9 @@ struct Gradients {
   const float* softmax;
   const BFloat16* d_out;
   BFloat16 *d_q, *d_k, *d_v;
-  float* d_bias;  // (shares, heads, T, S), added to: shares of the batch, whose sum is the gradient; or null
+  // (shares, heads, 2, distances), added to, or null: the gradient is the sum over shares of the batch, and over queries
+  // of even and of odd place, which are taken in pairs and would wait for each other's sums.
+  float* d_bias;
   long shares;
 
   // The gradient of a query's weights, averaged by the weights: with the softmax's gradient, the scores' gradient is
@@ -307,7 +310,8 @@ struct Block {
         const long query = first + std::min(t + i, count - 1);
         const float* softmax = d.softmax + 2 * a.row(b, h, query);
         bias[i] = a.bias_row(h, query);
-        d_bias[i] = d.d_bias && real ? d.d_bias + ((part * a.heads + h) * a.T + query) * a.S : nullptr;
+        const long sums = ((part * a.heads + h) * 2 + i) * a.distances;
+        d_bias[i] = d.d_bias && real ? d.d_bias + sums + a.distance(query) : nullptr;
         top[i] = _mm512_set1_ps(real ? softmax[0] : std::numeric_limits<float>::infinity());
         inverse[i] = _mm512_set1_ps(softmax[1]);
         mean[i] = _mm512_set1_ps(d.mean(a.at(b, h, query)));
@@ -400,14 +404,13 @@ template <int K, typename Bias>
 Attention<K, Bias> attention_of(const void* const* t, const long* n) {
   const auto bfloat16 = [t](int i) { return static_cast<const BFloat16*>(t[i]); };
   return {bfloat16(0), bfloat16(1), bfloat16(2), static_cast<const Bias*>(t[3]), static_cast<const float*>(t[4]),
-          n[0],        n[1],        n[2],        n[3],                           n[4],
-          n[5],        n[6]};
+          n[0],        n[1],        n[2],        n[3],                           n[4]};
 }
 
 }  // namespace
 
-// Tensors: q, k, v, bias, mask, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R, the
-// bias's steps between heads and queries; backward also the shares.
+// Tensors: q, k, v, bias, mask, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R; backward
+// also the shares.
 #define EXPORT(K, name, Bias)                                                                                       \
   extern "C" int forward_##K##_##name(void* const* t, const long* n) {                                              \
     return !forward(attention_of<K, Bias>(t, n), static_cast<BFloat16*>(t[5]), static_cast<float*>(t[6]));          \
@@ -416,7 +419,7 @@ Attention<K, Bias> attention_of(const void* const* t, const long* n) {
     const auto bfloat16 = [t](int i) { return static_cast<BFloat16*>(t[i]); };                                      \
     const auto float32 = [t](int i) { return static_cast<float*>(t[i]); };                                          \
     return !backward(attention_of<K, Bias>(t, n), Gradients<K>{bfloat16(5), float32(6), bfloat16(7), bfloat16(8),   \
-                                                               bfloat16(9), bfloat16(10), float32(11), n[7]});      \
+                                                               bfloat16(9), bfloat16(10), float32(11), n[5]});      \
   }
 EXPORT(32, float32, float)
 EXPORT(64, float32, float)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.model import sequence
-from gqa_exp.model.attention import GroupedAttention, RelativePositionBias
+from gqa_exp.model.attention import GroupedAttention, RelativePositionBias, by_position
 from gqa_exp.model.sequence import Linear, linear
 
 RECOMPILE_LIMIT = 128
@@ -214,7 +214,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BSD: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S, D) to (B, S, D); `bias` broadcasts to (B, H, S, S), `mask` is (B, 1, 1, S)."""
+        """(B, S, D) to (B, S, D); `bias` is as `grouped_attention` takes it, `mask` (B, 1, 1, S)."""
         normed = self.self_attention_norm(x_BSD)
         x_BSD = x_BSD + self.dropout(self.self_attention(normed, normed, bias, mask))
         return x_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BSD)))  # type: ignore[no-any-return]
@@ -235,7 +235,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, x_BTD: Tensor, bias: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D); `bias` broadcasts to (B, H, T, T), `cross_mask` is (B, 1, 1, S)."""
+        """(B, T, D) to (B, T, D); `bias` is as `grouped_attention` takes it, `cross_mask` (B, 1, 1, S)."""
         normed = self.self_attention_norm(x_BTD)
         x_BTD = x_BTD + self.dropout(self.self_attention(normed, normed, bias))
         normed = self.cross_attention_norm(x_BTD)
@@ -263,8 +263,9 @@ class Encoder(nn.Module):
         x_BSD = self.dropout(x_BSD)
         first = self.layers[0]
         assert isinstance(first, EncoderLayer)
-        if mask is not None and not first.self_attention.takes_mask_apart(x_BSD):
-            bias, mask = bias + mask, None  # here, rather than in each layer
+        if not first.self_attention.by_kernel(x_BSD):  # laid out and added here, rather than in each layer
+            bias = by_position(bias, S)
+            bias, mask = (bias if mask is None else bias + mask), None
         for layer in self.layers:
             x_BSD = _run(layer, self.checkpointing and self.training, x_BSD, bias, mask)
         return self.dropout(self.final_norm(x_BSD))  # type: ignore[no-any-return]
@@ -286,10 +287,14 @@ class Decoder(nn.Module):
     def forward(self, x_BTD: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
         """Embedded targets (B, T, D), teacher-forced, to states (B, T, D)."""
         T = x_BTD.shape[1]
-        future = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
         bias = self.relative_bias(T, T)
+        future = torch.arange(2 * T - 1, device=bias.device) >= T
         bias = bias.masked_fill(future, torch.finfo(bias.dtype).min)
         x_BTD = self.dropout(x_BTD)
+        first = self.layers[0]
+        assert isinstance(first, DecoderLayer)
+        if not first.self_attention.by_kernel(x_BTD):
+            bias = by_position(bias, T)
         for layer in self.layers:
             x_BTD = _run(layer, self.checkpointing and self.training, x_BTD, bias, encoded_BSD, cross_mask)
         return self.dropout(self.final_norm(x_BTD))  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from gqa_exp.model import native
-from gqa_exp.model.attention import GroupedAttention, KVCache, RelativePositionBias, grouped_attention
+from gqa_exp.model.attention import GroupedAttention, KVCache, RelativePositionBias, by_position, grouped_attention
 
 
 def naive_attention(q_BTHK, k_BGSK, v_BGSK, bias):
@@ -187,7 +187,7 @@ def test_bias_is_that_of_each_distance(bidirectional, T, S):
     torch.nn.init.normal_(relative.weight)
     distance_TS = torch.arange(S) - torch.arange(T)[:, None]
     expected = relative.weight[relative.bucket(distance_TS)].permute(2, 0, 1)
-    assert torch.equal(relative(T, S), expected[None])
+    assert torch.equal(by_position(relative(T, S), S), expected[None])
     assert torch.equal(relative.of_distances(distance_TS[0]), expected[:, 0])
 
 
@@ -204,10 +204,13 @@ def test_half_precision_is_near_full_precision():
 
 
 @pytest.mark.parametrize(("T", "S"), [(3, 7), (7, 3), (5, 5)])
-def test_the_bias_of_positions_is_that_of_their_distance_row_by_row(T, S):
-    bias = RelativePositionBias(2, 32, 128, True)
-    torch.nn.init.normal_(bias.weight)
-    laid_out = bias(T, S)
+def test_a_bias_by_distance_is_the_same_laid_out_row_by_row(T, S):
+    bias_HL = torch.randn(4, T + S - 1)
+    laid_out = by_position(bias_HL, S)
+    assert laid_out.shape == (1, 4, T, S)
     assert laid_out.is_contiguous()
-    distance = torch.arange(S) - torch.arange(T)[:, None]
-    assert torch.equal(laid_out, bias.weight[bias.bucket(distance)].permute(2, 0, 1).unsqueeze(0))
+    for t in range(T):
+        for s in range(S):
+            assert torch.equal(laid_out[0, :, t, s], bias_HL[:, s - t + T - 1])
+    q, k, v = torch.randn(2, T, 4, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
+    assert torch.equal(grouped_attention(q, k, v, bias_HL), grouped_attention(q, k, v, laid_out))

@@ -36,10 +36,16 @@ def instructions(request):
 with_either = pytest.mark.usefixtures("instructions")
 
 
-def by_formula(q_BTHK, k_BSGK, v_BSGK, bias, mask):
+def laid_out(bias_HL, T, S):
+    """A bias by distance for each query and key, (H, T, S)."""
+    return bias_HL[:, torch.arange(S) - torch.arange(T)[:, None] + T - 1]
+
+
+def by_formula(q_BTHK, k_BSGK, v_BSGK, bias_HL, mask):
     group = q_BTHK.shape[2] // k_BSGK.shape[2]
     scores = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSGK.repeat_interleave(group, 2))
-    for added in (bias, mask):
+    bias_HTS = None if bias_HL is None else laid_out(bias_HL, *scores.shape[2:])
+    for added in (bias_HTS, mask):
         scores = scores if added is None else scores + added
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v_BSGK.repeat_interleave(group, 2))
 
@@ -71,17 +77,17 @@ def cases(draw):
 @with_either
 @given(
     cases(),
-    st.sampled_from(["none", "full", "of keys", "bfloat16"]),
+    st.sampled_from(["none", "float32", "bfloat16"]),
     st.booleans(),
     st.integers(1, 5),
     st.integers(0, 999),
 )
-@example((3, 33, 31, 1, 3, 32), "full", True, 4, 0)  # threads that share the batch of a bias's gradient
-@example((4, 9, 8, 1, 2, 32), "full", True, 3, 0)  # and one of them has no share left
-@example((2, 32, 64, 2, 1, 64), "full", False, 1, 0)  # nothing padded
-@example((2, 49, 70, 1, 2, 64), "full", False, 1, 0)  # a last block of a single query
+@example((3, 33, 31, 1, 3, 32), "float32", True, 4, 0)  # threads that share the batch of a bias's gradient
+@example((4, 9, 8, 1, 2, 32), "float32", True, 3, 0)  # and one of them has no share left
+@example((2, 32, 64, 2, 1, 64), "float32", False, 1, 0)  # nothing padded
+@example((2, 49, 70, 1, 2, 64), "float32", False, 1, 0)  # a last block of a single query
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, threads, seed):
+def test_attention_and_its_gradients_are_the_formula(case, bias_dtype, padded, threads, seed):
     B, T, S, G, R, K = case
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -89,8 +95,7 @@ def test_attention_and_its_gradients_are_the_formula(case, bias_kind, padded, th
     q, d_out = (torch.randn(B, T, H, K).bfloat16() for _ in range(2))
     k, v = (torch.randn(B, S, G, K).bfloat16() for _ in range(2))
     q = q / K**0.5
-    bias = None if bias_kind == "none" else torch.randn((1, 1, 1, S) if bias_kind == "of keys" else (1, H, T, S))
-    bias = bias.bfloat16() if bias_kind == "bfloat16" else bias
+    bias = None if bias_dtype == "none" else torch.randn(H, T + S - 1, dtype=getattr(torch, bias_dtype))
     lengths = torch.randint(S // 2, S + 1, (B, 1))
     mask = additive_mask((torch.arange(S) < lengths).long(), torch.float32) if padded else None
     tensors = (q, k, v, bias)
@@ -114,7 +119,7 @@ def test_what_all_scores_of_a_query_have_in_common_does_not_matter(T, offset):
     torch.manual_seed(0)
     q, k, v, d_out = (torch.randn(1, n, 2, 32).bfloat16() / 4 for n in (T, 11, 11, T))
     q[..., 0], k[..., 0] = offset / 8, 8
-    tensors = (q, k, v, torch.randn(1, 2, T, 11))
+    tensors = (q, k, v, torch.randn(2, T + 10))
     found = with_gradients(sequence.attention, tensors, None, d_out)
     expected = with_gradients(by_formula, in_float64(*tensors), None, d_out.double())
     expected.pop(2)
@@ -128,7 +133,7 @@ def test_a_bias_without_gradient_and_tensors_in_any_layout():
     q, k, v, d_out = (torch.randn(2, heads, n, 32).bfloat16() / 3 for heads, n in ((4, 9), (2, 13), (2, 13), (4, 9)))
     q, k, v, d_out = (tensor.transpose(1, 2) for tensor in (q, k, v, d_out))
     assert not q.is_contiguous()
-    bias = torch.randn(1, 4, 9, 13)
+    bias = torch.randn(21, 4).t()
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     sequence.attention(*leaves, bias, None).backward(d_out)
     expected = with_gradients(by_formula, in_float64(q, k, v, bias), None, d_out.double())
@@ -139,21 +144,18 @@ def test_a_bias_without_gradient_and_tensors_in_any_layout():
 def test_the_operations_keep_torchs_rules(with_bias):
     """What torch.compile and autograd rely on: strides and types of results as promised, nothing written elsewhere."""
     q, k = torch.randn(2, 5, 4, 32).bfloat16().requires_grad_(), torch.randn(2, 7, 2, 32).bfloat16().requires_grad_()
-    bias = torch.randn(1, 1, 7).expand(4, 5, 7).requires_grad_() if with_bias else None
+    bias = torch.randn(1, 11).expand(4, 11).requires_grad_() if with_bias else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(sequence._attention, (q, k, k.detach(), bias, torch.zeros(2, 7)), test_utils=checks)
     x = torch.randn(3, 32).bfloat16().requires_grad_()
     torch.library.opcheck(sequence._gated_gelu, (x, x.detach()), test_utils=checks)
 
 
-@with_either
-@pytest.mark.parametrize(
-    "shape", [(1, 4, 1, 1), (1, 1, 9, 1), (1, 4, 9, 1), (1, 1, 9, 20), (1, 4, 1, 20), "transposed"]
-)
-def test_a_bias_of_fewer_numbers(shape):
-    q, k, v = torch.randn(2, 9, 4, 32).bfloat16() / 6, *torch.randn(2, 2, 20, 2, 32).bfloat16()
-    bias = torch.randn(1, 4, 20, 9).transpose(2, 3) if shape == "transposed" else torch.randn(shape)
-    assert_near([sequence.attention(q, k, v, bias, None)], [by_formula(*in_float64(q, k, v, bias), None)])
+@pytest.mark.parametrize("shape", [(4, 27), (4, 29), (3, 28), (1, 28), (28,), (1, 4, 9, 20)])
+def test_a_bias_that_has_not_a_number_for_each_head_and_distance_is_refused(shape):
+    q, k, v = torch.randn(2, 9, 4, 32).bfloat16(), *torch.randn(2, 2, 20, 2, 32).bfloat16()
+    with pytest.raises(ValueError, match="4 heads and 28 distances"):
+        sequence.attention(q, k, v, torch.randn(shape), None)
 
 
 @with_either
@@ -198,7 +200,7 @@ def test_what_an_earlier_call_left_in_memory_does_not_show():
 def test_no_memory_is_said_and_not_fatal():
     tensors = [torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16)] * 3
     pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors))
-    assert native.library().forward_32_float32(pointers, (ctypes.c_long * 8)(1, 1, 1 << 50, 1, 1, 0, 0, 1)) == 1
+    assert native.library().forward_32_float32(pointers, (ctypes.c_long * 6)(1, 1, 1 << 50, 1, 1, 1)) == 1
     assert_near([sequence.attention(*tensors, None, None)], [torch.zeros(1, 1, 1, 32)])
 
 
@@ -230,7 +232,7 @@ def test_gated_gelu_far_from_zero_is_a_step():
 def test_what_the_kernels_serve(monkeypatch):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 9, 4, 32).bfloat16(), *torch.randn(2, 2, 2, 9, 32).bfloat16()
-    bias, mask = torch.randn(1, 4, 9, 9), additive_mask(torch.ones(2, 9), torch.float32)
+    bias, mask = torch.randn(4, 17), additive_mask(torch.ones(2, 9), torch.float32)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     assert sequence.serves_attention(q, keys, values, bias, mask)
     assert sequence.serves_attention(q, keys, values, None, None)
@@ -241,7 +243,7 @@ def test_what_the_kernels_serve(monkeypatch):
         (q, keys, values[:, 1:], None, None),
         (q[:, :, 1:], keys, values, None, None),  # 3 query heads for 2 KV heads
         (q, keys, values, bias.double(), mask),
-        (q, keys, values, bias.expand(2, 4, 9, 9), None),
+        (q, keys, values, laid_out(bias, 9, 9).unsqueeze(0), None),
         (q, keys, values, None, mask.expand(2, 1, 9, 9)),
         (q, keys, values, None, mask.clone().requires_grad_()),
     ]
@@ -300,14 +302,17 @@ def test_the_model_uses_them(calls, batch):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_masks_stay_apart_only_where_the_kernel_reads_them(dropout, autocast, batch):
+def test_only_where_the_kernel_reads_them_masks_stay_apart_and_biases_by_distance(dropout, autocast, batch):
     model = T5(T5Config(64, 64, 96, 4, 32, 2, 1, 2)).train()
     model.set_dropout(dropout)
     seen = []
-    model.encoder.layers[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[2] is not None))
+    for stack in (model.encoder, model.decoder):
+        stack.layers[0].register_forward_hook(lambda _, inputs, __: seen.append((inputs[1].shape, inputs[-1] is None)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model.encode(batch[0], batch[2])
-    assert seen == [autocast and not dropout]
+        model(batch[0], batch[1], batch[2])
+    by_kernel = autocast and not dropout
+    encoder, decoder = ((4, 41), (4, 25)) if by_kernel else ((3, 4, 21, 21), (1, 4, 13, 13))
+    assert seen == [(encoder, not by_kernel), (decoder, False)]
 
 
 @pytest.mark.parametrize(("num_kv_heads", "compiled"), [(4, False), (2, False), (1, False), (2, True)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gqa_exp.model import T5, T5Config
+from gqa_exp.model.attention import by_position
 from gqa_exp.training.initialize import NEIGHBOUR_BIAS, NEIGHBOURS, start_reading
 
 GEOMETRY = {"vocab_size": 500, "d_model": 256, "d_ff": 64, "num_heads": 8, "head_dim": 32}
@@ -43,7 +44,8 @@ def test_a_token_attends_to_itself_in_the_input() -> None:
 def test_the_first_heads_of_the_encoder_attend_to_their_neighbours() -> None:
     as_t5, reading = models()
     with torch.no_grad():
-        before, after = (model.encoder.relative_bias(LENGTH, LENGTH)[0] for model in (as_t5, reading))
+        biases = [model.encoder.relative_bias(LENGTH, LENGTH) for model in (as_t5, reading)]
+    before, after = (by_position(bias_HL, LENGTH)[0] for bias_HL in biases)
     for head, distances in enumerate(NEIGHBOURS):
         for position in (20, 50, 79):
             near = [position + distance for distance in distances]
