@@ -42,7 +42,8 @@ def bytes_needed(geometries: Sequence[T5Config], config: TimingConfig, dtype: st
     largest = timed[-1][0]
     shared = largest.num_parameters() - decoders[0]
     B, S = config.encoder_batch_size or config.batch_size, config.source_length
-    # Input, q, k, v and output of attention, or both halves of the feed-forward and their product; and the bias matrix.
+    # Input, q, k, v and output of attention, or both halves of the feed-forward and their product; and the bias of all
+    # pairs of positions, which the kernel of model/sequence.py does without.
     widest = max(5 * largest.d_model, 2 * largest.d_model + 3 * largest.d_ff)
     activations = B * S * widest + 2 * largest.num_heads * S * S
     states = 2 * config.batch_size * S * largest.d_model
