@@ -39,13 +39,16 @@ def grouped_attention(
         q_BTHK: queries.
         k_BGSK: keys, G dividing H.
         v_BGSK: values.
-        bias: added to the scores, broadcastable to (B, H, T, S): position bias, mask (large negative), or both; or by
-            distance, (H, T+S-1), see `by_position`, as the kernel of `sequence.py` takes it.
+        bias: added to the scores, of four axes, broadcastable to (B, H, T, S): position bias, mask (large negative), or
+            both; or of two, by distance, (H, T+S-1), see `by_position`, as the kernel of `sequence.py` takes it.
         mask: added too, (B|1, 1, 1, S), without gradient: apart from the bias, as that kernel takes it.
         dropout: probability of dropping an attention weight.
 
     Returns:
         (B, T, H, K), the weighted values of each query head.
+
+    Raises:
+        ValueError: a bias by distance has not one number for each head and distance.
     """
     k_BSGK, v_BSGK = k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2)
     if not dropout and sequence.serves_attention(q_BTHK, k_BSGK, v_BSGK, bias, mask):
@@ -53,6 +56,7 @@ def grouped_attention(
     B, T, H, K = q_BTHK.shape
     G, S = k_BGSK.shape[1:3]
     if bias is not None and bias.dim() == 2:
+        sequence.check_distances(bias, H, T, S)
         bias = by_position(bias, S)
     if mask is not None:
         bias = mask if bias is None else bias + mask
@@ -134,7 +138,10 @@ class GroupedAttention(nn.Module):
         return self.o(out_BTHK.reshape(B, T, self.num_heads * self.head_dim))  # type: ignore[no-any-return]
 
     def by_kernel(self, x_BTD: Tensor) -> bool:
-        """Whether the kernel of `sequence.py` attends, which reads a bias by distance, and a mask apart."""
+        """Whether the kernel of `sequence.py` attends, which reads a bias by distance, and a mask apart.
+
+        But for fewer KV heads of all samples than threads, where `grouped_attention` lays the bias out after all.
+        """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
         return not (self.training and self.dropout) and sequence.serves(dtype, x_BTD.device, self.head_dim)
 

@@ -161,13 +161,23 @@ def _call_attention(
     assert k is not None
     held = [None if tensor is None else tensor.contiguous() for tensor in given]
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    if bias is not None and bias.shape != (H, T + S - 1):
-        raise ValueError(f"a bias of {tuple(bias.shape)} for {H} heads and {T + S - 1} distances")
+    if bias is not None:
+        check_distances(bias, H, T, S)
     sizes = (ctypes.c_long * 6)(B, T, S, G, H // G, shares)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*held, *results)]
     kind = "float32" if bias is None else _name(bias)
     if _kernel(f"{direction}_{K}_{kind}")((ctypes.c_void_p * len(pointers))(*pointers), sizes):
         raise MemoryError(f"no memory for attention of {T} queries over {S} keys")
+
+
+def check_distances(bias: Tensor, H: int, T: int, S: int) -> None:
+    """Check that a bias by distance is one of H heads, T queries and S keys.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if bias.shape != (H, T + S - 1):
+        raise ValueError(f"a bias of {tuple(bias.shape)} for {H} heads and {T + S - 1} distances")
 
 
 def serves_gated_gelu(x: Tensor, y: Tensor) -> bool:

@@ -21,9 +21,10 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor, z_loss: float, pad_id: int
     counted_N = labels_N != pad_id
     tokens = counted_N.sum().clamp(min=1)
     # Both terms from log Z: with F.cross_entropy the compiled backward pass goes over the vocabulary once more. And the
-    # labels' logits by nll_loss, which negates them: the gradient of gather is a scatter into zeros of that size.
+    # labels' logits by nll_loss, which negates them: compiled, the gradient of gather would be a scatter into zeros of
+    # the logits' size. Padding is not looked up, since it may be no id, as -100; any other label has to be one.
     log_z_N = logits_NV.logsumexp(dim=1)
-    nll_N = log_z_N + F.nll_loss(logits_NV, labels_N, reduction="none")
+    nll_N = log_z_N + F.nll_loss(logits_NV, labels_N, reduction="none", ignore_index=pad_id)
     nll = torch.where(counted_N, nll_N, 0.0).sum() / tokens
     return nll + z_loss * torch.where(counted_N, log_z_N.square(), 0.0).sum() / tokens, nll.detach()
 

@@ -77,7 +77,7 @@ def training_memory(
 
 
 def _activations(g: T5Config, B: int, S: int, T: int, bfloat16: bool, checkpointing: bool) -> float:
-    """Bytes kept for the backward pass.
+    """Bytes kept for the backward pass, and the logits' gradient, with which it begins.
 
     A sub-layer keeps its input and the scaled input (norm, float32), the normed input (of its products), and what its
     products and attention need: q, k, v, softmax and the values' sum; or the halves of the feed-forward network.
@@ -102,5 +102,5 @@ def _activations(g: T5Config, B: int, S: int, T: int, bfloat16: bool, checkpoint
     ]
     states = 4.0 * B * D * (g.num_encoder_layers * S + g.num_decoder_layers * T)
     layers = states + max(encoder, *decoders) if checkpointing else g.num_encoder_layers * encoder + sum(decoders)
-    logits = B * T * g.vocab_size * (wide + 4.0 + (4.0 if bfloat16 else 0.0))  # of the head, in float32, its softmax
+    logits = B * T * g.vocab_size * (4.0 + 4.0 + (2.0 if bfloat16 else 0.0))  # they and their gradient, and its copy
     return layers + logits

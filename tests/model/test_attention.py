@@ -214,3 +214,28 @@ def test_a_bias_by_distance_is_the_same_laid_out_row_by_row(T, S):
             assert torch.equal(laid_out[0, :, t, s], bias_HL[:, s - t + T - 1])
     q, k, v = torch.randn(2, T, 4, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
     assert torch.equal(grouped_attention(q, k, v, bias_HL), grouped_attention(q, k, v, laid_out))
+    for wrong in (bias_HL[:, 1:], bias_HL[:, :S], bias_HL[:1], bias_HL.t()):
+        with pytest.raises(ValueError, match=f"4 heads and {T + S - 1} distances"):
+            grouped_attention(q, k, v, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_bias_by_distance_is_the_sum_over_its_positions(dtype):
+    """By the kernel or, with more threads than KV heads, without it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, *shape).to(dtype) for shape in ((9, 4, 32), (1, 12, 32), (1, 12, 32)))
+    bias_HL, threads = torch.randn(4, 20), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            leaf = bias_HL.clone().requires_grad_()
+            grouped_attention(q / 6, k, v, leaf).float().square().sum().backward()
+            found.append(leaf.grad)
+    finally:
+        torch.set_num_threads(threads)
+    exact = by_position(bias_HL, 12).double().requires_grad_()
+    grouped_attention(q.double() / 6, k.double(), v.double(), exact).square().sum().backward()
+    expected = torch.stack([exact.grad[0].diagonal(n, 1, 2).sum(-1) for n in range(-8, 12)], dim=1)
+    for gradient in found:
+        assert (gradient - expected).norm() < (1e-5 if dtype == torch.float32 else 0.05) * expected.norm()

@@ -87,3 +87,14 @@ def test_compiled_it_is_the_same_for_batches_of_any_shape():
         gradients = [torch.autograd.grad(loss, logits)[0] for loss, _ in results]
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)  # a last digit of bfloat16
+
+
+def test_padding_need_not_be_an_id_and_any_other_label_has_to_be_one():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 3, 6), torch.tensor([[2, 0, 5]])
+    expected = F.cross_entropy(logits[0, [0, 2]], labels[0, [0, 2]])
+    for pad_id in (0, -100):
+        padded = torch.where(labels == 0, pad_id, labels)
+        assert float(token_loss(logits, padded, 0.0, pad_id)[1]) == pytest.approx(float(expected))
+    with pytest.raises(IndexError):
+        token_loss(logits, torch.tensor([[2, -100, 5]]), 0.0)
