@@ -19,6 +19,7 @@ namespace {
 constexpr long kKeys = 16;  // keys whose scores fill one vector
 constexpr long kFewQueries = 3;  // queries up to which turning the keys costs more than it saves
 constexpr long kAhead = 2048;  // bytes to prefetch ahead; 1 to 8 KiB measured the same, without it 10 % less
+constexpr long kFarAhead = 6144;  // if eager, into the second cache: 13 % faster; up to 34 KiB measured the same
 
 template <typename T>
 struct Lanes;
@@ -60,8 +61,11 @@ inline __m512 sums_of(const __m512 v[16]) {
 
 template <typename T>
 void prefetch(const T* from, long count) {
-  const char* bytes = reinterpret_cast<const char*>(from) + kAhead;
-  for (long i = 0; i < count * static_cast<long>(sizeof(T)); i += kLine) _mm_prefetch(bytes + i, _MM_HINT_T0);
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (long i = 0; i < count * static_cast<long>(sizeof(T)); i += kLine) {
+    _mm_prefetch(bytes + i + kAhead, _MM_HINT_T0);
+    if constexpr (kEager) _mm_prefetch(bytes + i + kFarAhead, _MM_HINT_T1);
+  }
 }
 
 // Scores of 16 keys, turned, with as many queries as have room in registers.

@@ -10,6 +10,14 @@
 
 namespace {
 
+// Whether to fetch from memory more eagerly than AMD's processors need, and into both caches: what comes into the second
+// alone, those with AMX, which are Intel's, wait for.
+#ifdef __AMX_TILE__
+constexpr bool kEager = true;
+#else
+constexpr bool kEager = false;
+#endif
+
 inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 widen(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
