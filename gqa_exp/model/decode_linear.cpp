@@ -77,6 +77,7 @@ constexpr long kTogether = 8;  // passes that go through the chunks in turn; the
 constexpr long kUnit = 4, kUnits = 16;  // bytes of a unit, units of a vector
 constexpr long kChunk = 128;   // units summed before their sum is added: half as far from the exact result as one chain
 constexpr long kSoon = 16;     // units ahead that are fetched into the first cache, if eager
+constexpr int kUnrolled = kEager ? 4 : 1;  // units
 
 template <typename T>
 constexpr long kPerUnit = sizeof(float) / sizeof(T);
@@ -96,8 +97,7 @@ inline void multiply(const float* x, const T* w, long high, long step, long unit
                      float* sums) {
   __m512 low_sums[kRows], high_sums[kRows];  // registers
   for (long row = 0; row < kRows; ++row) low_sums[row] = high_sums[row] = _mm512_setzero_ps();
-  constexpr int unrolled = kEager ? 4 : 1;
-#pragma GCC unroll unrolled
+#pragma GCC unroll kUnrolled
   for (long k = 0; k < units; ++k, x += kRows, w += step * kPerUnit<T>, later += share) {
     const T* w_high = w + high * kPerUnit<T>;
     _mm_prefetch(later, _MM_HINT_T1);

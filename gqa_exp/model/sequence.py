@@ -11,8 +11,8 @@ Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last 
     linear, 7168 x 256 to 768, forward / backward           3.0 / 7.1   2.8 / 5.9
     linear, 7168 x 256 to 256, forward / backward           1.0 / 2.4   0.9 / 2.0
 
-On 2 cores with AMX, where linear layers are torch's, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in
-tiles 4.1 / 12.6.
+On 2 cores with AMX, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in tiles 4.1 / 12.6. There linear
+layers are torch's but for their weights' gradients.
 
 Attention keeps two numbers per query rather than weights for the backward pass. It reads the mask apart, and the bias
 by distance: T+S-1 numbers per head, which stay in the first cache, rather than T*S.
@@ -32,7 +32,7 @@ from gqa_exp.model import native
 VECTOR, PANEL = 16, 32
 LEAST_ROWS = 256
 """Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, and its calls cost more."""
-MOST_SUMS = 384 * 256
+MOST_SUMS, MOST_SUMS_IN_TILES = 384 * 256, 512 * 512
 """Of a weight's gradient, that a thread computes at a time: about half of its second cache."""
 
 
@@ -228,10 +228,10 @@ _gated_gelu.register_autograd(
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this `linear`: in training, with a block of a weight's gradient for each thread.
 
-    On processors with AMX torch's products use it, and the kernel does not serve.
+    On processors with AMX, which torch's products use, it only computes a weight's gradient, where it is faster.
     """
     on_cpu = x.device.type == weight.device.type == "cpu"
-    if not (on_cpu and torch.is_grad_enabled() and native.has_bfloat16()) or native.has_tiles():
+    if not (on_cpu and torch.is_grad_enabled() and native.has_bfloat16()):
         return False  # before sizes are looked at, on which a compiled graph would then depend
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     numbers = (torch.float32, torch.bfloat16)
@@ -269,6 +269,8 @@ class Linear(nn.Linear):
 
 @torch.library.custom_op("gqa_exp::sequence_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if native.has_tiles():
+        return F.linear(x, weight.to(torch.bfloat16))
     y = x.new_empty((*x.shape[:-1], len(weight)))
     _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
     return y
@@ -284,7 +286,9 @@ def _linear_backward(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_
     """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
     d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
     d_y = d_y.contiguous()
-    if with_x:
+    if with_x and native.has_tiles():
+        torch.matmul(d_y, weight.to(torch.bfloat16), out=d_x)
+    elif with_x:
         _call_linear(f"linear_input_gradient_{_name(weight)}", weight.shape, d_y, weight, _panels(weight), d_x)
     if with_weight:
         _call_linear("linear_weight_gradient", weight.shape, d_y, x, d_weight)
@@ -325,7 +329,8 @@ def _call_linear(name: str, weight: Sequence[int], *tensors: Tensor) -> None:
     held = [tensor.contiguous() for tensor in tensors]
     outputs, inputs = weight
     threads = torch.get_num_threads()
-    blocks = threads * max(1, round(outputs * inputs / threads / MOST_SUMS))
+    most = MOST_SUMS_IN_TILES if native.has_tiles() else MOST_SUMS
+    blocks = threads * max(1, round(outputs * inputs / threads / most))
     rows = held[0].numel() // held[0].shape[-1]
     sizes = (ctypes.c_long * 4)(rows, outputs, inputs, blocks)
     if _kernel(name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in held), sizes):

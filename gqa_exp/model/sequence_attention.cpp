@@ -39,12 +39,12 @@ void product(Left a, const Word* b, long line, long steps, float* c, long row, l
   if (in_tiles) {
     for (long j = 0; j < columns; j += kColumns)
       for (long i = 0; i < rows; i += 2 * kTile) {
-        const Word* left = a.words + i * a.row;
+        const LeftTiles left{a.words + i * a.row, a.row, kTile, kTile * a.row};
         float* to = c + i * row + j;
         if (rows - i > kTile)
-          product_of_tiles<2, Add>(left, a.row, b + j, line, steps, to, row);
+          product_of_tiles<2, Add>(left, b + j, line, steps, to, row, [] {});
         else
-          product_of_tiles<1, Add>(left, a.row, b + j, line, steps, to, row);
+          product_of_tiles<1, Add>(left, b + j, line, steps, to, row, [] {});
       }
     return;
   }

@@ -15,6 +15,14 @@ namespace {
 using Word = std::uint32_t;  // a pair of bfloat16 along the summed axis
 
 constexpr long kTile = 16;  // rows of a tile, and words of its rows
+constexpr long kTileWords = kTile * kTile;
+
+// The left side of a product, words from one row of a tile to the next, from a tile to the next words of its rows, and to
+// the next rows.
+struct LeftTiles {
+  const Word* words;
+  long row, step, below;
+};
 
 #ifdef __AMX_BF16__
 
@@ -49,11 +57,12 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
-// C = A B, or C += A B, for one or two tiles of rows and two of columns. Words of a row of A lie side by side; rows of A
-// are `a_row` words apart, lines of B `line` words, rows of C `row` numbers; steps are a multiple of 16.
-template <int Tall, bool Add>
-inline void product_of_tiles(const Word* a, long a_row, const Word* b, long line, long steps, float* c, long row) {
-  const long a_bytes = a_row * 4, b_bytes = line * 4, c_bytes = row * 4;
+// C = A B, or C += A B, for one or two tiles of rows and two of columns. Lines of B are `line` words apart, rows of C
+// `row` numbers; steps are a multiple of 16. Calls meanwhile() before each 16 of them.
+template <int Tall, bool Add, typename Meanwhile>
+inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, float* c, long row,
+                             Meanwhile meanwhile) {
+  const long a_bytes = a.row * 4, b_bytes = line * 4, c_bytes = row * 4;
   asm volatile("" : : : "memory");  // as in TileShapes::load
   if constexpr (Add) {
     _tile_loadd(0, c, c_bytes);
@@ -70,14 +79,15 @@ inline void product_of_tiles(const Word* a, long a_row, const Word* b, long line
       _tile_zero(3);
     }
   }
-  for (long p = 0; p < steps; p += kTile) {
-    _tile_loadd(4, a + p, a_bytes);
+  for (long p = 0; p < steps; p += kTile, a.words += a.step) {
+    meanwhile();
+    _tile_loadd(4, a.words, a_bytes);
     _tile_loadd(6, b + p * line, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + p * line + kTile, b_bytes);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (Tall == 2) {
-      _tile_loadd(5, a + kTile * a_row + p, a_bytes);
+      _tile_loadd(5, a.words + a.below, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -96,8 +106,8 @@ struct WholeTiles {
   WholeTiles() {}
 };
 
-template <int Tall, bool Add>
-inline void product_of_tiles(const Word*, long, const Word*, long, long, float*, long) {}  // never called
+template <int Tall, bool Add, typename Meanwhile>
+inline void product_of_tiles(LeftTiles, const Word*, long, long, float*, long, Meanwhile) {}  // never called
 
 #endif
 

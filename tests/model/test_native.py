@@ -285,3 +285,9 @@ def test_a_step_of_several_number_formats_is_refused(tiny_model, dtype):
     model.layers[1].wi.norm.double()
     with pytest.raises(TypeError, match="number formats differ"):
         DecodeStep(*step.parts, own, cross, None)
+
+
+def test_has_tiles_is_what_the_processor_says(monkeypatch):
+    for flags, expected in (("model avx512f amx_bf16 amx_tile", True), ("model avx512f avx512_bf16", False)):
+        monkeypatch.setattr(native, "_cpu", lambda flags=flags: flags)
+        assert native.has_tiles() is expected
