@@ -184,6 +184,12 @@ def use_tiles(wanted: bool) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_in_tiles() -> bool:
+    """Whether they use it now."""
+    return has_bfloat16() and ctypes.c_bool.in_dll(library(), "in_tiles").value  # type: ignore[arg-type]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_built() -> bool:
     """Whether there are kernels on this host; torch.compile takes the answer for good."""
     return library() is not None

@@ -228,10 +228,11 @@ _gated_gelu.register_autograd(
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this `linear`: in training, with a block of a weight's gradient for each thread.
 
-    On processors with AMX, which torch's products use, it only computes a weight's gradient, where it is faster.
+    On processors with AMX, which torch's products use, it only computes a weight's gradient, and not without AMX.
     """
     on_cpu = x.device.type == weight.device.type == "cpu"
-    if not (on_cpu and torch.is_grad_enabled() and native.has_bfloat16()):
+    kernels = native.has_bfloat16() and native.has_tiles() == native.multiplies_in_tiles()
+    if not (on_cpu and torch.is_grad_enabled() and kernels):
         return False  # before sizes are looked at, on which a compiled graph would then depend
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     numbers = (torch.float32, torch.bfloat16)
@@ -269,10 +270,11 @@ class Linear(nn.Linear):
 
 @torch.library.custom_op("gqa_exp::sequence_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    if native.has_tiles():
-        return F.linear(x, weight.to(torch.bfloat16))
     y = x.new_empty((*x.shape[:-1], len(weight)))
-    _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
+    if native.multiplies_in_tiles():
+        torch.matmul(x, weight.to(torch.bfloat16).T, out=y)  # not F.linear, which an autocast around would change
+    else:
+        _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
     return y
 
 
@@ -286,7 +288,7 @@ def _linear_backward(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_
     """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
     d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
     d_y = d_y.contiguous()
-    if with_x and native.has_tiles():
+    if with_x and native.multiplies_in_tiles():
         torch.matmul(d_y, weight.to(torch.bfloat16), out=d_x)
     elif with_x:
         _call_linear(f"linear_input_gradient_{_name(weight)}", weight.shape, d_y, weight, _panels(weight), d_x)
@@ -329,7 +331,7 @@ def _call_linear(name: str, weight: Sequence[int], *tensors: Tensor) -> None:
     held = [tensor.contiguous() for tensor in tensors]
     outputs, inputs = weight
     threads = torch.get_num_threads()
-    most = MOST_SUMS_IN_TILES if native.has_tiles() else MOST_SUMS
+    most = MOST_SUMS_IN_TILES if native.multiplies_in_tiles() else MOST_SUMS
     blocks = threads * max(1, round(outputs * inputs / threads / most))
     rows = held[0].numel() // held[0].shape[-1]
     sizes = (ctypes.c_long * 4)(rows, outputs, inputs, blocks)

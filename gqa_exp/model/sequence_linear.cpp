@@ -17,7 +17,7 @@ constexpr int kRows = 14;                 // of a product's left side at a time:
 constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do, half of the second cache
 constexpr long kRowBytes = 128 * 1024;    // of rows that meet all of these before the next do
 constexpr long kChunk = 192;              // rows whose products are summed before a weight's gradient takes them up
-constexpr long kTileChunk = 256;          // the same in tiles
+constexpr long kTileChunk = 256;          // rows laid out at a time in tiles, where sums go on from those before
 
 // A tile of a number of rows that is only known here.
 template <typename Store, typename Meanwhile, int Rows = kRows>
@@ -126,20 +126,20 @@ void multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, lon
 // A block of columns of a matrix of some rows.
 struct Columns {
   const BFloat16* x;
-  long row, first, count;  // elements from one row to the next; columns
+  long rows, row, first, count;  // rows; elements from one to the next; columns
 
   const BFloat16* at(long s) const { return x + s * row + first; }
   long lines() const { return up(count * static_cast<long>(sizeof(BFloat16)), kLine) / kLine; }
-  // Of 16 columns, row s and the next as pairs; rows from `end` on are taken as zeros.
-  __m512i pairs_at(long s, long end, long from) const {
+  // Of 16 columns, row s and the next as pairs; rows behind the last are taken as zeros.
+  __m512i pairs_at(long s, long from) const {
     const __m512i zeros = _mm512_setzero_si512();
-    const __m512i low = s < end ? words_at(at(s) + from) : zeros;
-    return pairs_of(low, s + 1 < end ? words_at(at(s + 1) + from) : zeros);
+    const __m512i low = s < rows ? words_at(at(s) + from) : zeros;
+    return pairs_of(low, s + 1 < rows ? words_at(at(s + 1) + from) : zeros);
   }
-  // Pairs of rows `start` to `stop` of some columns; lines of pairs are `line` apart.
-  void pair_up(long start, long stop, long end, long from, long columns, Word* out, long line) const {
-    for (long s = start; s < stop; s += 2, out += line)
-      for (long k = 0; k < columns; k += 16) _mm512_store_si512(out + k, pairs_at(s, end, from + k));
+  // Pairs of rows `start` to `end` of some columns; lines of pairs are `line` apart.
+  void pair_up(long start, long end, long from, long columns, Word* out, long line) const {
+    for (long s = start; s < end; s += 2, out += line)
+      for (long k = 0; k < columns; k += 16) _mm512_store_si512(out + k, pairs_at(s, from + k));
   }
 };
 
@@ -166,12 +166,12 @@ class Ahead {
   long start_, needed_, every_, tile_ = 0;
 };
 
-// The same for tiles, whose products are too few for that: line by line, evenly over `steps` calls. Where memory is slow,
+// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls. Where memory is slow,
 // gradients are 15 to 40 % faster by it.
 class EvenlyAhead {
  public:
-  EvenlyAhead(Columns d, Columns x, long start, long end, long steps)
-      : d_(d), x_(x), row_(start), end_(end), each_(((end - start) * lines() + steps - 1) / std::max(1L, steps)) {}
+  EvenlyAhead(Columns d, Columns x, long start, long end, long calls)
+      : d_(d), x_(x), row_(start), end_(end), each_(((end - start) * lines() + calls - 1) / std::max(1L, calls)) {}
   void operator()() {
     for (long i = 0; i < each_ && row_ < end_; ++i) {
       const bool of_d = line_ < d_.lines();
@@ -192,7 +192,7 @@ class EvenlyAhead {
 };
 
 // As sum_outer, in tiles.
-bool sum_outer_in_tiles(Columns d, Columns x, long rows, float* sums, long row) {
+bool sum_outer_in_tiles(Columns d, Columns x, float* sums, long row) {
   constexpr long pairs = kTileChunk / 2, tall = 2 * kTile;
   const long height = up(d.count, tall), products = height / tall * (x.count / kColumns);
   Word* left = scratch<Word>(pairs * (height + kColumns));  // (height / 32, pairs / 16, 2 tiles)
@@ -200,19 +200,19 @@ bool sum_outer_in_tiles(Columns d, Columns x, long rows, float* sums, long row) 
   for (long i = 0; i < d.count; ++i) std::fill(sums + i * row, sums + i * row + x.count, 0.0f);
   Word* right = left + pairs * height;
   const WholeTiles tiles;
-  for (long start = 0; start < rows; start += kTileChunk) {
-    const long end = std::min(rows, start + kTileChunk), steps = up(end - start, tall) / 2;
+  for (long start = 0; start < x.rows; start += kTileChunk) {
+    const long end = std::min(x.rows, start + kTileChunk), steps = up(end - start, tall) / 2;
     for (long p = 0; p < steps; p += kTile)
       for (long i = 0; i < d.count; i += kTile) {
         __m512i from[kTile], to[kTile];
-        for (long n = 0; n < kTile; ++n) from[n] = d.pairs_at(start + 2 * (p + n), end, i);
+        for (long n = 0; n < kTile; ++n) from[n] = d.pairs_at(start + 2 * (p + n), i);
         turn(from, to);
         Word* tile = left + i / tall * tall * steps + p * tall + i % tall / kTile * kTileWords;
         for (long n = 0; n < kTile; ++n) _mm512_store_si512(tile + n * kTile, to[n]);
       }
-    EvenlyAhead ahead(d, x, end, std::min(rows, end + kTileChunk), products * steps / kTile);
+    EvenlyAhead ahead(d, x, end, std::min(x.rows, end + kTileChunk), products * steps / kTile);
     for (long j = 0; j < x.count; j += kColumns) {
-      x.pair_up(start, start + 2 * steps, end, j, kColumns, right, kColumns);
+      x.pair_up(start, start + 2 * steps, j, kColumns, right, kColumns);
       for (long i = 0; i < d.count; i += tall) {
         const LeftTiles a{left + i * steps, kTile, 2 * kTileWords, kTileWords};
         float* to = sums + i * row + j;
@@ -227,20 +227,20 @@ bool sum_outer_in_tiles(Columns d, Columns x, long rows, float* sums, long row) 
 }
 
 // Writes D^T X as sums, whose rows are `row` numbers apart. Returns whether there was memory for it.
-bool sum_outer(Columns d, Columns x, long rows, float* sums, long row) {
-  if (in_tiles) return sum_outer_in_tiles(d, x, rows, sums, row);
+bool sum_outer(Columns d, Columns x, float* sums, long row) {
+  if (in_tiles) return sum_outer_in_tiles(d, x, sums, row);
   const long line = d.count + kSkew;
   Word* left = scratch<Word>(kChunk / 2 * (line + kColumns));
   if (!left) return false;
   for (long i = 0; i < d.count; ++i) std::fill(sums + i * row, sums + i * row + x.count, 0.0f);
   Word* right = left + kChunk / 2 * line;  // of 32 columns only, so that it stays in the first cache
   const long tiles = (d.count + kRows - 1) / kRows * (x.count / kColumns);
-  for (long start = 0; start < rows; start += kChunk) {
-    const long end = std::min(rows, start + kChunk);
-    d.pair_up(start, end, end, 0, d.count, left, line);
+  for (long start = 0; start < x.rows; start += kChunk) {
+    const long end = std::min(x.rows, start + kChunk);
+    d.pair_up(start, end, 0, d.count, left, line);
     Ahead ahead(d, x, end, tiles);
     for (long j = 0; j < x.count; j += kColumns) {
-      x.pair_up(start, end, end, j, kColumns, right, kColumns);
+      x.pair_up(start, end, j, kColumns, right, kColumns);
       in_parts(d.count, [&](long i, long count) {
         const auto store = [to = sums + i * row + j, row](int r, int half, __m512 sum) {
           float* at = to + r * row + 16 * half;
@@ -286,10 +286,10 @@ extern "C" int linear_weight_gradient(const BFloat16* d_y, const BFloat16* x, fl
 #pragma omp parallel for schedule(static)
   for (long block = 0; block < blocks; ++block) {
     const long first = units * block / blocks * unit, count = units * (block + 1) / blocks * unit - first;
-    const Columns d{d_y, outputs, by_outputs ? first : 0, by_outputs ? count : outputs};
-    const Columns of_x{x, inputs, by_outputs ? 0 : first, by_outputs ? inputs : count};
+    const Columns d{d_y, rows, outputs, by_outputs ? first : 0, by_outputs ? count : outputs};
+    const Columns of_x{x, rows, inputs, by_outputs ? 0 : first, by_outputs ? inputs : count};
     float* sums = d_weight + d.first * inputs + of_x.first;
-    if (!sum_outer(d, of_x, rows, sums, inputs))
+    if (!sum_outer(d, of_x, sums, inputs))
 #pragma omp atomic write
       enough = false;
   }

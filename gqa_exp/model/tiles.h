@@ -17,8 +17,8 @@ using Word = std::uint32_t;  // a pair of bfloat16 along the summed axis
 constexpr long kTile = 16;  // rows of a tile, and words of its rows
 constexpr long kTileWords = kTile * kTile;
 
-// The left side of a product, words from one row of a tile to the next, from a tile to the next words of its rows, and to
-// the next rows.
+// The left side of a product. Words of a tile's row lie side by side; `row` words on is its next row, `step` words on the
+// tile of the next 16 words, and `below` that of the next 16 rows.
 struct LeftTiles {
   const Word* words;
   long row, step, below;

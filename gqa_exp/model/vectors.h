@@ -12,7 +12,7 @@ namespace {
 
 // Whether to fetch from memory more eagerly than AMD's processors need, and into both caches: what comes into the second
 // alone, those with AMX, which are Intel's, wait for.
-#ifdef __AMX_TILE__
+#ifdef __AMX_BF16__
 constexpr bool kEager = true;
 #else
 constexpr bool kEager = false;

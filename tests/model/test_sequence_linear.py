@@ -20,8 +20,10 @@ KERNELS = {"linear_outputs_float32", "linear_input_gradient_float32", WEIGHT_GRA
 def kernels(request, monkeypatch):
     """Those called on a processor without AMX, and on one with it; if this has none, vectors stand in for tiles."""
     tiles = request.param == "tiles"
+    assert native.use_tiles(tiles) == (tiles and native.has_tiles())
     monkeypatch.setattr(native, "has_tiles", lambda: tiles)
-    native.use_tiles(tiles)
+    monkeypatch.setattr(native, "multiplies_in_tiles", lambda: tiles)
+    monkeypatch.setattr(sequence, "MOST_SUMS_IN_TILES", 256 * 256)
     yield {WEIGHT_GRADIENT} if tiles else KERNELS
     native.use_tiles(True)
 
@@ -51,7 +53,7 @@ def assert_is_the_formula(x, weight, d_y):
 
 
 @given(
-    st.integers(1, 430),
+    st.integers(1, 600),
     st.integers(1, 6),
     st.integers(1, 6),
     st.sampled_from([torch.float32, torch.bfloat16]),
@@ -59,10 +61,11 @@ def assert_is_the_formula(x, weight, d_y):
     st.integers(0, 999),
 )
 @example(385, 4, 3, torch.float32, 2, 0)  # a third chunk, of one row
+@example(513, 4, 3, torch.float32, 2, 0)  # the same in tiles
 @example(300, 40, 16, torch.float32, 2, 0)  # more weights, and more of a gradient, than are taken at a time
 @example(300, 16, 40, torch.bfloat16, 3, 0)
 @example(1, 1, 1, torch.float32, 5, 0)  # threads without work
-@example(300, 5, 3, torch.float32, 5, 0)  # blocks of an odd number of 16 outputs
+@example(300, 5, 3, torch.float32, 2, 0)  # blocks of an odd number of 16 outputs
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_and_their_gradients_are_the_formula(rows, outputs, inputs, dtype, threads, seed):
     torch.set_num_threads(threads)
@@ -95,6 +98,23 @@ def test_a_gradient_that_is_one_number_seen_many_times():
     torch.manual_seed(0)
     x, weight = torch.randn(50, 32).bfloat16(), torch.randn(64, 32)
     assert_is_the_formula(x, weight, torch.tensor(0.5).bfloat16().expand(50, 64))
+
+
+@pytest.mark.usefixtures("serving")
+def test_an_autocast_to_another_format_changes_nothing():
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    with torch.autocast("cpu", torch.float16):
+        assert sequence.linear(x, weight).dtype == torch.bfloat16
+        assert_is_the_formula(x, weight, torch.randn(50, 64).bfloat16())
+
+
+def test_what_does_not_multiply_in_tiles_though_it_could_is_torchs(monkeypatch):
+    torch.set_num_threads(2)
+    x, weight = torch.randn(300, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    assert sequence.serves_linear(x, weight)
+    monkeypatch.setattr(native, "multiplies_in_tiles", lambda: not native.has_tiles())
+    assert not sequence.serves_linear(x, weight)
 
 
 @pytest.mark.usefixtures("serving")
