@@ -19,7 +19,7 @@ namespace {
 constexpr long kKeys = 16;  // keys whose scores fill one vector
 constexpr long kFewQueries = 3;  // queries up to which turning the keys costs more than it saves
 constexpr long kAhead = 2048;  // bytes to prefetch ahead; 1 to 8 KiB measured the same, without it 10 % less
-constexpr long kFarAhead = 6144;  // if eager, into the second cache: 13 % faster; up to 34 KiB measured the same
+constexpr long kFarAhead = 6144;  // if eager, into the second cache: 11 to 15 % faster; up to 34 KiB the same
 
 template <typename T>
 struct Lanes;
