@@ -166,8 +166,8 @@ class Ahead {
   long start_, needed_, every_, tile_ = 0;
 };
 
-// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls. Where memory is slow,
-// gradients are 15 to 40 % faster by it.
+// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls. Where memory is
+// slow, gradients are 15 to 40 % faster by it.
 class EvenlyAhead {
  public:
   EvenlyAhead(Columns d, Columns x, long start, long end, long calls)
