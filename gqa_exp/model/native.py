@@ -185,7 +185,7 @@ def use_tiles(wanted: bool) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies_in_tiles() -> bool:
-    """Whether they use it now."""
+    """Whether products in bfloat16 use AMX now."""
     return has_bfloat16() and ctypes.c_bool.in_dll(library(), "in_tiles").value  # type: ignore[arg-type]
 
 

@@ -166,8 +166,8 @@ class Ahead {
   long start_, needed_, every_, tile_ = 0;
 };
 
-// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls. Where memory is
-// slow, gradients are 13 to 40 % faster by it.
+// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls. Gradients
+// are 0.94 to 1.40 times as fast by it, 1.09 in the median of 29 trials.
 class EvenlyAhead {
  public:
   EvenlyAhead(Columns d, Columns x, long start, long end, long calls)

@@ -291,3 +291,9 @@ def test_has_tiles_is_what_the_processor_says(monkeypatch):
     for flags, expected in (("model avx512f amx_bf16 amx_tile", True), ("model avx512f avx512_bf16", False)):
         monkeypatch.setattr(native, "_cpu", lambda flags=flags: flags)
         assert native.has_tiles() is expected
+
+
+def test_multiplies_in_tiles_is_what_was_granted():
+    for wanted in (False, True):
+        granted = native.use_tiles(wanted)
+        assert native.multiplies_in_tiles() is granted
