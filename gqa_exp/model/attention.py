@@ -51,8 +51,8 @@ def grouped_attention(
         ValueError: a bias by distance has not one number for each head and distance.
     """
     k_BSGK, v_BSGK = k_BGSK.transpose(1, 2), v_BGSK.transpose(1, 2)
-    if not dropout and sequence.serves_attention(q_BTHK, k_BSGK, v_BSGK, bias, mask):
-        return sequence.attention(q_BTHK, k_BSGK, v_BSGK, bias, mask)
+    if sequence.serves_attention(q_BTHK, k_BSGK, v_BSGK, bias, mask):
+        return sequence.attention(q_BTHK, k_BSGK, v_BSGK, bias, mask, dropout)
     B, T, H, K = q_BTHK.shape
     G, S = k_BGSK.shape[1:3]
     if bias is not None and bias.dim() == 2:
@@ -143,7 +143,7 @@ class GroupedAttention(nn.Module):
         But for fewer KV heads of all samples than threads, where `grouped_attention` lays the bias out after all.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BTD.dtype
-        return not (self.training and self.dropout) and sequence.serves(dtype, x_BTD.device, self.head_dim)
+        return sequence.serves(dtype, x_BTD.device, self.head_dim)
 
     def forward(
         self, x_BTD: Tensor, source_BSD: Tensor, bias: Tensor | None = None, mask: Tensor | None = None

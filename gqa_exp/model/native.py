@@ -27,13 +27,13 @@ WITH_BFLOAT16: Sources = {
     "decode_linear": ("-ffast-math",),
     "decode_step": (),
     "sequence_attention": (),
-    "sequence_gelu": (),
     "sequence_linear": (),
+    "sequence_pointwise": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
 FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",), "decode_step": ()}
 """The same for a CPU without bfloat16."""
-HEADERS = ("common", "products", "tiles", "vectors")
+HEADERS = ("common", "dropout", "products", "tiles", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")
 LINK = ("-shared", "-fopenmp")
 """Without -ffast-math, with which GCC would link code that makes the whole process flush small numbers to zero."""

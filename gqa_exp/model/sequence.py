@@ -1,4 +1,4 @@
-"""Attention, gated GELU and linear layers of whole sequences on a CPU, with gradients, by the kernels of `native.py`.
+"""Attention, gated GELU, dropout and linear layers of whole sequences on a CPU, with gradients, by kernels.
 
 For bfloat16: the first two in training and in the encoder, linear layers in training, whose work is mostly gradients.
 Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers that are in no cache):
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from gqa_exp.model import native
 
 VECTOR, PANEL = 16, 32
+NUMBERS = 1 << 16
+"""That dropout's random number of an element may be, see dropout.h."""
 LEAST_ROWS = 256
 """Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, and its calls cost more."""
 MOST_SUMS, MOST_SUMS_IN_TILES = 384 * 256, 512 * 512
@@ -58,7 +60,14 @@ def serves_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias: Tenso
     return fits and by_distance and key_mask and serves(q_BTHK.dtype, q_BTHK.device, K)
 
 
-def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias_HL: Tensor | None, mask: Tensor | None) -> Tensor:
+def attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    bias_HL: Tensor | None,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention in bfloat16 of H query heads over G key/value heads, (B, T, H, K), with gradients of all but the mask.
 
     Args:
@@ -68,21 +77,24 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, bias_HL: Tensor | 
         bias_HL: added to the scores by distance, (H, T+S-1), see `by_position` in attention.py; float32 or bfloat16, or
             None.
         mask: added too, (B|1, 1, 1, S), of any floating type.
+        dropout: probability of dropping an attention weight, see `dropout`.
 
     Raises:
         MemoryError: no room to work in.
         ValueError: the bias has not one number for each head and distance.
     """
     mask_BS = None if mask is None else mask[:, 0, 0].float().expand(len(q_BTHK), k_BSGK.shape[1])
-    out: Tensor = _attention(q_BTHK, k_BSGK, v_BSGK, bias_HL, mask_BS)[0]
+    out: Tensor = _attention(q_BTHK, k_BSGK, v_BSGK, bias_HL, mask_BS, *_drawn(dropout))[0]
     return out
 
 
 @torch.library.custom_op("gqa_exp::sequence_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None, dropped: int
+) -> tuple[Tensor, Tensor]:
     """The output, and what the softmax of each query took, (B, H, T, 2), for the backward pass."""
     out, softmax = _outputs(q)
-    _call_attention("forward", (q, k, v, bias, mask), (out, softmax))
+    _call_attention("forward", (q, k, v, bias, mask, seed), (out, softmax), dropped)
     return out, softmax
 
 
@@ -96,7 +108,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
@@ -107,9 +119,11 @@ def _attention_backward(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     softmax: Tensor,
     d_out: Tensor,
+    dropped: int,
     with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias (H, T+S-1), the last empty if not asked for."""
@@ -122,7 +136,8 @@ def _attention_backward(
     if bias is not None and with_bias:  # of queries of even and of odd place
         H, L = bias.shape
         d_bias = q.new_zeros((shares, H, 2, L), dtype=torch.float32)
-    _call_attention("backward", (q, k, v, bias, mask, out, softmax, d_out), (*gradients, d_bias), shares)
+    given = (q, k, v, bias, mask, seed, out, softmax, d_out)
+    _call_attention("backward", given, (*gradients, d_bias), dropped, shares)
     return *gradients, q.new_empty(0, dtype=torch.float32) if d_bias is None else d_bias.sum((0, 2))
 
 
@@ -133,22 +148,23 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple
     return _like(q), _like(k), _like(v), q.new_empty(shape, dtype=torch.float32)
 
 
-def _keep_attention(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.dropped = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     with_bias = ctx.needs_input_grad[3]
     saved = ctx.saved_tensors  # once: checkpointing computes them again at each look
-    d_q, d_k, d_v, d_bias = _attention_backward(*saved, d_out, with_bias)
-    return d_q, d_k, d_v, d_bias.to(saved[3].dtype) if with_bias else None, None
+    d_q, d_k, d_v, d_bias = _attention_backward(*saved, d_out, ctx.dropped, with_bias)
+    return d_q, d_k, d_v, d_bias.to(saved[3].dtype) if with_bias else None, None, None, None
 
 
 _attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
 
 
 def _call_attention(
-    direction: str, given: Sequence[Tensor | None], results: Sequence[Tensor | None], shares: int = 1
+    direction: str, given: Sequence[Tensor | None], results: Sequence[Tensor | None], dropped: int, shares: int = 1
 ) -> None:
     """Call the kernel, whose order of tensors and sizes this is.
 
@@ -163,7 +179,7 @@ def _call_attention(
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     if bias is not None:
         check_distances(bias, H, T, S)
-    sizes = (ctypes.c_long * 6)(B, T, S, G, H // G, shares)
+    sizes = (ctypes.c_long * 7)(B, T, S, G, H // G, dropped, shares)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*held, *results)]
     kind = "float32" if bias is None else _name(bias)
     if _kernel(f"{direction}_{K}_{kind}")((ctypes.c_void_p * len(pointers))(*pointers), sizes):
@@ -186,43 +202,105 @@ def serves_gated_gelu(x: Tensor, y: Tensor) -> bool:
     return alike and x.device.type == "cpu" and native.has_bfloat16()
 
 
-def gated_gelu(x: Tensor, y: Tensor) -> Tensor:
-    """gelu(x) * y in bfloat16, GELU in tanh's approximation, with gradients."""
-    out: Tensor = _gated_gelu(x, y)
+def gated_gelu(x: Tensor, y: Tensor, dropout: float = 0.0) -> Tensor:
+    """gelu(x) * y in bfloat16, GELU in tanh's approximation, then dropout of this probability; with gradients."""
+    out: Tensor = _gated_gelu(x, y, *_drawn(dropout))
     return out
 
 
 @torch.library.custom_op("gqa_exp::gated_gelu", mutates_args=())
-def _gated_gelu(x: Tensor, y: Tensor) -> Tensor:
+def _gated_gelu(x: Tensor, y: Tensor, seed: Tensor | None, dropped: int) -> Tensor:
     out = _like(x)
-    _call("gated_gelu", x, y, out)
+    _call("gated_gelu", seed, dropped, x, y, out)
     return out
 
 
 @_gated_gelu.register_fake
-def _(x: Tensor, y: Tensor) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return _like(x)
 
 
 @torch.library.custom_op("gqa_exp::gated_gelu_backward", mutates_args=())
-def _gated_gelu_backward(x: Tensor, y: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+def _gated_gelu_backward(
+    x: Tensor, y: Tensor, seed: Tensor | None, dropped: int, d_out: Tensor
+) -> tuple[Tensor, Tensor]:
     d_x, d_y = _like(x), _like(y)
-    _call("gated_gelu_backward", x, y, d_out, d_x, d_y)
+    _call("gated_gelu_backward", seed, dropped, x, y, d_out, d_x, d_y)
     return d_x, d_y
 
 
 @_gated_gelu_backward.register_fake
-def _(x: Tensor, y: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x), _like(y)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _keep_gated_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dropped = inputs
+    ctx.save_for_backward(*tensors)
 
 
 _gated_gelu.register_autograd(
-    lambda ctx, d_out: _gated_gelu_backward(*ctx.saved_tensors, d_out), setup_context=_keep_inputs
+    lambda ctx, d_out: (*_gated_gelu_backward(*ctx.saved_tensors, ctx.dropped, d_out), None, None),
+    setup_context=_keep_gated_gelu,
 )
+
+
+def serves_dropout(x: Tensor) -> bool:
+    """Whether the kernel computes this `dropout`: where numbers are bfloat16, or come to be under autocast."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    typed = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and autocast)
+    return typed and x.device.type == "cpu" and native.has_bfloat16()
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    """Zero elements with a probability, and scale the others so that the mean stays, by the kernel where it serves.
+
+    The kernel draws numbers of 16 bits: the probability is rounded to a multiple of 1/65536, and so is the scale. They
+    follow from a seed, drawn from torch's generator at each call, and are drawn again for the gradient, not stored.
+    """
+    if not probability:
+        return x
+    if not serves_dropout(x):
+        return F.dropout(x, probability)
+    out: Tensor = _dropout(x, *_drawn(probability))
+    return out
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the kernel where that serves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        return dropout(x, self.p) if self.training else x
+
+
+@torch.library.custom_op("gqa_exp::dropout", mutates_args=())
+def _dropout(x: Tensor, seed: Tensor | None, dropped: int) -> Tensor:
+    out = _like(x)
+    _call(f"dropout_{_name(x)}", seed, dropped, x, out)
+    return out
+
+
+@_dropout.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return _like(x)
+
+
+def _keep_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, ctx.dropped = inputs
+    ctx.save_for_backward(seed)
+
+
+_dropout.register_autograd(
+    lambda ctx, d_out: (_dropout(d_out, *ctx.saved_tensors, ctx.dropped), None, None), setup_context=_keep_dropout
+)
+
+
+def _drawn(probability: float) -> tuple[Tensor | None, int]:
+    """A seed, if anything may be dropped, and how many of 65536 equally probable numbers drop an element."""
+    dropped = min(round(probability * NUMBERS), NUMBERS - 1)
+    # By an operation that torch.compile knows to be random, and neither leaves out nor repeats.
+    return (torch.randint(1 << 62, (1,)) if dropped else None), dropped
 
 
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
@@ -314,7 +392,7 @@ def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | No
     return d_x if with_x else None, d_weight.to(weight.dtype) if with_weight else None
 
 
-_linear.register_autograd(_linear_gradients, setup_context=_keep_inputs)
+_linear.register_autograd(_linear_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -343,9 +421,11 @@ def _name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _call(name: str, *tensors: Tensor) -> None:
+def _call(name: str, seed: Tensor | None, dropped: int, *tensors: Tensor) -> None:
+    """Call a kernel of `sequence_pointwise.cpp`, for all elements of tensors of one shape."""
     held = [tensor.contiguous() for tensor in tensors]
-    _kernel(name)(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in held), ctypes.c_long(held[0].numel()))
+    pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (seed, *held))
+    _kernel(name)(next(pointers), ctypes.c_long(dropped), *pointers, ctypes.c_long(held[0].numel()))
 
 
 def _kernel(name: str) -> Callable[..., int]:

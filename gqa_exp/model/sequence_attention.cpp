@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "dropout.h"
 #include "products.h"
 
 namespace {
@@ -110,6 +111,7 @@ struct Attention {
   const Bias* bias;    // added to the scores by distance, (heads, T + S - 1), farthest before a query first; or null
   const float* mask;   // added too: (B, S), or null
   long B, T, S, G, R;  // R query heads to each of G key/value heads
+  Dropout dropout;     // of weights
   long distances = T + S - 1;
   long heads = G * R;
   long keys = up(S, kColumns);   // padded
@@ -118,6 +120,10 @@ struct Attention {
 
   long at(long b, long h, long t) const { return ((b * T + t) * heads + h) * K; }
   long row(long b, long h, long t) const { return (b * heads + h) * T + t; }
+  // Which weights of a query are kept, for 64 keys from s on.
+  std::uint64_t kept(long b, long h, long t, long s) const {
+    return dropout.kept(row(b, h, t) * (up(S, Dropout::elements) / Dropout::elements) + s / Dropout::elements);
+  }
   long key_at(long b, long g, long s) const { return ((b * S + s) * G + g) * K; }
   Rows<K> query_rows(const BFloat16* x, long b, long h, long first, long count) const {
     return {x + at(b, h, first), heads * K, count};
@@ -195,7 +201,8 @@ bool in_all_threads(long words, Work work) {
 }
 
 // Of some queries of a head, the products with all keys become scores, and of these exp(score - highest) is written as
-// weights. For each query 1 / their sum goes to `inverses`, and the highest score and this to `softmax`.
+// weights, but for those that are dropped. For each query 1 / the sum of all goes to `inverses`, and the highest score
+// and this to `softmax`.
 template <int K, typename Bias>
 void weigh(const Attention<K, Bias>& a, long b, long h, long first, long count, float* products, Word* weights,
            float* inverses, float* softmax) {
@@ -214,16 +221,19 @@ void weigh(const Attention<K, Bias>& a, long b, long h, long first, long count, 
     const float* row = products + t * a.line;
     const __m512 top = _mm512_set1_ps(tops[t]);
     __m512 total = _mm512_setzero_ps();
-    for (long s = 0; s < a.keys; s += 32) {
+    std::uint64_t kept = 0;
+    for (long s = 0; s < a.keys; s += 32, kept >>= 32) {
+      if (s % Dropout::elements == 0) kept = a.kept(b, h, first + t, s);
       const __m512 low = exponential(_mm512_sub_ps(_mm512_load_ps(row + s), top));
       const __m512 high = exponential(_mm512_sub_ps(_mm512_load_ps(row + s + 16), top));
       total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      _mm512_store_si512(weights + t * a.half + s / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+      _mm512_store_si512(weights + t * a.half + s / 2, _mm512_maskz_mov_epi16(static_cast<__mmask32>(kept), rounded));
     }
     inverses[t] = 1 / _mm512_reduce_add_ps(total);
-    float* kept = softmax + 2 * a.row(b, h, first + t);
-    kept[0] = tops[t];
-    kept[1] = inverses[t];
+    float* taken = softmax + 2 * a.row(b, h, first + t);
+    taken[0] = tops[t];
+    taken[1] = inverses[t];
   }
 }
 
@@ -232,6 +242,7 @@ void weigh(const Attention<K, Bias>& a, long b, long h, long first, long count, 
 template <int K, typename Bias>
 bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
   const long words = a.line * K / 2 + a.keys * K / 2 + kQueries * (K / 2 + a.line + a.half + K);
+  const float scale = a.dropout.scale();
   return in_all_threads(words, [=](Memory memory) {
     Word *keys = memory.words(a.line * K / 2), *values = memory.words(a.keys * K / 2);
     Word *queries = memory.words(kQueries * K / 2), *weights = memory.words(kQueries * a.half);
@@ -252,7 +263,7 @@ bool forward(const Attention<K, Bias> a, BFloat16* out, float* softmax) {
           for (long t = 0; t < count; ++t)
             for (long k = 0; k < K; k += 16)
               narrow(out + a.at(b, h, first + t) + k,
-                     _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(inverses[t])));
+                     _mm512_mul_ps(_mm512_load_ps(sums + t * K + k), _mm512_set1_ps(inverses[t] * scale)));
         }
     }
   });
@@ -301,13 +312,16 @@ struct Block {
   // From the first two, the others, and what these queries add to a share of the bias's gradient.
   void differentiate(const Attention<K, Bias>& a, const Gradients<K>& d, long b, long h, long first, long count,
                      long part) const {
+    const __m512 scale = _mm512_set1_ps(a.dropout.scale());
     for (long t = 0; t < count; t += 2) {
       const Bias* bias[2];
       float* d_bias[2];
       __m512 top[2], inverse[2], mean[2];
+      long queries[2];
+      std::uint64_t kept[2] = {};
       for (long i = 0; i < 2; ++i) {
         const bool real = t + i < count;  // other rows fill the last block up: their weights are zero
-        const long query = first + std::min(t + i, count - 1);
+        const long query = queries[i] = first + std::min(t + i, count - 1);
         const float* softmax = d.softmax + 2 * a.row(b, h, query);
         bias[i] = a.bias_row(h, query);
         const long sums = ((part * a.heads + h) * 2 + i) * a.distances;
@@ -320,10 +334,14 @@ struct Block {
         __m512i weight_words[2], gradient_words[2];
 #pragma GCC unroll 2
         for (long i = 0; i < 2; ++i) {
+          if (s % Dropout::elements == 0) kept[i] = a.kept(b, h, queries[i], s);
+          const auto some = static_cast<__mmask16>(kept[i]);
+          kept[i] >>= 16;
           const long at = (t + i) * a.line;
           const __m512 score = a.score(products + at, bias[i], a.mask_row(b), s);
           const __m512 weight = _mm512_mul_ps(inverse[i], exponential(_mm512_sub_ps(score, top[i])));
-          const __m512 gradient = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(d_weights + at + s), mean[i]));
+          const __m512 d_weight = _mm512_maskz_mul_ps(some, _mm512_load_ps(d_weights + at + s), scale);
+          const __m512 gradient = _mm512_mul_ps(weight, _mm512_sub_ps(d_weight, mean[i]));
           if (d_bias[i]) {
             float* to = d_bias[i] + s;
             _mm512_mask_storeu_ps(to, a.there(s), _mm512_add_ps(widen(to, a.there(s)), gradient));
@@ -331,7 +349,7 @@ struct Block {
           const __m256i bits = rounded(gradient);
           _mm256_store_si256(reinterpret_cast<__m256i*>(d_scores + (t + i) * a.half + s / 2), bits);
           gradient_words[i] = words_of(bits);
-          weight_words[i] = words_of(rounded(weight));
+          weight_words[i] = words_of(rounded(_mm512_maskz_mul_ps(some, weight, scale)));
         }
         const long at = t / 2 * a.line + s;
         _mm512_store_si512(weight_pairs + at, pairs_of(weight_words[0], weight_words[1]));
@@ -404,22 +422,23 @@ template <int K, typename Bias>
 Attention<K, Bias> attention_of(const void* const* t, const long* n) {
   const auto bfloat16 = [t](int i) { return static_cast<const BFloat16*>(t[i]); };
   return {bfloat16(0), bfloat16(1), bfloat16(2), static_cast<const Bias*>(t[3]), static_cast<const float*>(t[4]),
-          n[0],        n[1],        n[2],        n[3],                           n[4]};
+          n[0],        n[1],        n[2],        n[3],                           n[4],
+          {static_cast<const std::int64_t*>(t[5]), n[5]}};
 }
 
 }  // namespace
 
-// Tensors: q, k, v, bias, mask, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B, T, S, G, R; backward
-// also the shares.
+// Tensors: q, k, v, bias, mask, the dropout's seed, out, softmax; backward also d_out, d_q, d_k, d_v, d_bias. Sizes: B,
+// T, S, G, R, what the dropout drops (see dropout.h); backward also the shares.
 #define EXPORT(K, name, Bias)                                                                                       \
   extern "C" int forward_##K##_##name(void* const* t, const long* n) {                                              \
-    return !forward(attention_of<K, Bias>(t, n), static_cast<BFloat16*>(t[5]), static_cast<float*>(t[6]));          \
+    return !forward(attention_of<K, Bias>(t, n), static_cast<BFloat16*>(t[6]), static_cast<float*>(t[7]));          \
   }                                                                                                                 \
   extern "C" int backward_##K##_##name(void* const* t, const long* n) {                                             \
     const auto bfloat16 = [t](int i) { return static_cast<BFloat16*>(t[i]); };                                      \
     const auto float32 = [t](int i) { return static_cast<float*>(t[i]); };                                          \
-    return !backward(attention_of<K, Bias>(t, n), Gradients<K>{bfloat16(5), float32(6), bfloat16(7), bfloat16(8),   \
-                                                               bfloat16(9), bfloat16(10), float32(11), n[5]});      \
+    return !backward(attention_of<K, Bias>(t, n), Gradients<K>{bfloat16(6), float32(7), bfloat16(8), bfloat16(9),   \
+                                                               bfloat16(10), bfloat16(11), float32(12), n[6]});     \
   }
 EXPORT(32, float32, float)
 EXPORT(64, float32, float)

@@ -23,7 +23,7 @@ from gqa_exp.config import FEED_FORWARDS, ModelConfig, kv_heads_per_layer
 from gqa_exp.errors import InputError, suggest
 from gqa_exp.model import sequence
 from gqa_exp.model.attention import GroupedAttention, RelativePositionBias, by_position
-from gqa_exp.model.sequence import Linear, linear
+from gqa_exp.model.sequence import Dropout, Linear, linear
 
 RECOMPILE_LIMIT = 128
 """Compiled versions of a layer, or of a decode step, that a process may hold."""
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
         for name in self.names:
             setattr(self, name, Linear(d_model, d_ff))
         self.wo = Linear(d_ff, d_model)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = Dropout(0.0)
 
     @property
     def inner(self) -> list[Linear]:
@@ -189,16 +189,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        hidden_BTF = activate(self.kind, *(projection(x_BTD) for projection in self.inner))
-        return self.wo(self.dropout(hidden_BTF))  # type: ignore[no-any-return]
+        projected = (projection(x_BTD) for projection in self.inner)
+        hidden_BTF = activate(self.kind, *projected, dropout=self.dropout.p if self.training else 0.0)
+        return self.wo(hidden_BTF)  # type: ignore[no-any-return]
 
 
-def activate(kind: str, x: Tensor, gated: Tensor | None = None) -> Tensor:
-    """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind."""
+def activate(kind: str, x: Tensor, gated: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind; then dropout of this probability."""
     if gated is not None and ACTIVATIONS[kind] is gelu and sequence.serves_gated_gelu(x, gated):
-        return sequence.gated_gelu(x, gated)
+        return sequence.gated_gelu(x, gated, dropout)
     x = ACTIVATIONS[kind](x)
-    return x if gated is None else x * gated
+    return sequence.dropout(x if gated is None else x * gated, dropout)
 
 
 class EncoderLayer(nn.Module):
@@ -211,7 +212,7 @@ class EncoderLayer(nn.Module):
         self.self_attention = GroupedAttention(D, config.num_heads, config.num_heads, config.head_dim)
         self.feed_forward_norm = RMSNorm(D, epsilon)
         self.feed_forward = FeedForward(D, config.d_ff, config.feed_forward)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = Dropout(0.0)
 
     def forward(self, x_BSD: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         """(B, S, D) to (B, S, D); `bias` is as `grouped_attention` takes it, `mask` (B, 1, 1, S)."""
@@ -232,7 +233,7 @@ class DecoderLayer(nn.Module):
         self.cross_attention = GroupedAttention(D, config.num_heads, num_kv_heads, config.head_dim)
         self.feed_forward_norm = RMSNorm(D, epsilon)
         self.feed_forward = FeedForward(D, config.d_ff, config.feed_forward)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = Dropout(0.0)
 
     def forward(self, x_BTD: Tensor, bias: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D); `bias` is as `grouped_attention` takes it, `cross_mask` (B, 1, 1, S)."""
@@ -253,7 +254,7 @@ class Encoder(nn.Module):
         )
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = Dropout(0.0)
         self.checkpointing = False
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
@@ -281,7 +282,7 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(config, kv_heads) for kv_heads in config.kv_heads)
         self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = Dropout(0.0)
         self.checkpointing = False
 
     def forward(self, x_BTD: Tensor, encoded_BSD: Tensor, cross_mask: Tensor | None) -> Tensor:

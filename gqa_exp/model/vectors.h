@@ -32,6 +32,11 @@ inline void narrow(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
 inline void narrow(BFloat16* p, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 }
+// Only some of the 16.
+inline void narrow(float* p, __m512 x, __mmask16 some) { _mm512_mask_storeu_ps(p, some, x); }
+inline void narrow(BFloat16* p, __m512 x, __mmask16 some) {
+  _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh(x));
+}
 
 // e^x, with a relative error of 4e-6 at most; 0 below the least float32, infinity from 88.8 on; NaN of infinity.
 inline __m512 exponential(__m512 x) {

@@ -78,14 +78,15 @@ def differs(ours, theirs):
     return not all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, dropout):
-    straight = run(fresh(), dropout=dropout)
-    run(fresh(), dropout=dropout, stop=3).save(tmp_path / "half")
+@pytest.mark.parametrize(("dropout", "precision"), [(0.0, "32-true"), (0.1, "32-true"), (0.1, "bf16-mixed")])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, dropout, precision):
+    config = replace(CONFIG, precision=precision)
+    straight = run(fresh(), config, dropout=dropout)
+    run(fresh(), config, dropout=dropout, stop=3).save(tmp_path / "half")
     half = TrainingState.load(tmp_path / "half")
     assert half.step == 3
     assert differs(half, straight)
-    resumed = run(half, dropout=dropout)
+    resumed = run(half, config, dropout=dropout)
     assert_same(resumed, straight)
     assert resumed.step == STOP
     assert {name.rpartition(".")[2] for name in resumed.slots} == {"row", "col", "full", "step"}
@@ -117,10 +118,13 @@ def test_steps_equal_a_loop_written_out():
     assert not trained.model.training
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("changes", [{"seed": 4}, {"stage": "finetune"}])
-def test_dropout_depends_on_seed_and_stage(changes):
-    assert differs(run(fresh(), dropout=0.1, stop=2), run(fresh(), dropout=0.1, stop=2, **changes))
-    assert not differs(run(fresh(), dropout=0.1, stop=2), run(fresh(), dropout=0.1, stop=2))
+def test_dropout_depends_on_seed_and_stage(changes, precision):
+    config = replace(CONFIG, precision=precision)
+    first = run(fresh(), config, dropout=0.1, stop=2)
+    assert differs(first, run(fresh(), config, dropout=0.1, stop=2, **changes))
+    assert not differs(first, run(fresh(), config, dropout=0.1, stop=2))
 
 
 def test_step_seeds_differ():
@@ -268,10 +272,12 @@ def test_a_batch_in_parts_trains_as_a_whole_one(tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointing_changes_memory_alone():
+@pytest.mark.parametrize(("precision", "compiled"), [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True)])
+def test_checkpointing_changes_memory_alone(precision, compiled):
     """Dropout included: what is computed again draws the same numbers."""
-    plain = run(fresh(), dropout=0.1)
-    assert_same(run(fresh(), config=replace(CONFIG, gradient_checkpointing=True), dropout=0.1), plain)
+    config = replace(CONFIG, precision=precision, compile=compiled)
+    plain = run(fresh(), config, dropout=0.1)
+    assert_same(run(fresh(), config=replace(config, gradient_checkpointing=True), dropout=0.1), plain)
 
 
 def test_checkpointing_keeps_one_activation_per_layer():
