@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Sources = dict[str, tuple[str, ...]]
 WITH_BFLOAT16: Sources = {
+    "adafactor": (),
     "decode_attention": ("-ffast-math",),
     "decode_linear": ("-ffast-math",),
     "decode_step": (),
@@ -31,7 +32,7 @@ WITH_BFLOAT16: Sources = {
     "sequence_pointwise": (),
 }
 """The kernels and their flags. With -ffast-math compilers take it that there is no NaN; in training one must show."""
-FLOAT32_ALONE: Sources = {"decode_float32": ("-ffast-math",), "decode_step": ()}
+FLOAT32_ALONE: Sources = {"adafactor": (), "decode_float32": ("-ffast-math",), "decode_step": ()}
 """The same for a CPU without bfloat16."""
 HEADERS = ("common", "dropout", "products", "tiles", "vectors")
 COMPILE = ("-c", "-O3", "-march=native", "-fopenmp", "-fPIC")

@@ -12,6 +12,7 @@ t5x/adafactor.py, with T5's constants. Known differences from those two, none of
   weight, whatever its shape. The reconstruction row * col / mean is the same, since row and col have the same mean.
 """
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
 from gqa_exp.errors import InputError, suggest
+from gqa_exp.model import native
 
 MIN_DIM_SIZE_TO_FACTOR = 128
 """t5x/adafactor.py's default, and the value in T5's gin files (Mesh TensorFlow's own default is 32)."""
@@ -189,7 +191,6 @@ class Adafactor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            eps1, eps2 = group["eps"]
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -203,16 +204,27 @@ class Adafactor(torch.optim.Optimizer):
                 state["step"] += 1
                 decay = 1.0 - state["step"] ** -group["decay_exponent"]
                 grad, value = shards.local(param.grad).float(), own.float()  # no copies of what is float32 already
-                if "full" in state:
-                    update = unfactored_update(grad, state["full"], decay=decay, eps=eps1)
+                if "row" in state and _serves_kernel(value, grad, shards):
+                    _step_by_kernel(value, grad, state["row"], state["col"], decay, group)
                 else:
-                    update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1, shards=shards)
-                clip = (rms(update, shards) / group["clip_threshold"]).clamp_(min=1.0)
-                size = rms(value, shards).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
-                value.addcmul_(update, size, value=-1)
+                    self._step(value, grad, state, decay, group, shards)
                 if value is not own:
                     own.copy_(value)
         return loss
+
+    @staticmethod
+    def _step(
+        value: Tensor, grad: Tensor, state: dict[str, Any], decay: float, group: dict[str, Any], shards: Shards
+    ) -> None:
+        """Change a parameter, or this rank's rows of it, and its slots, in place."""
+        eps1, eps2 = group["eps"]
+        if "full" in state:
+            update = unfactored_update(grad, state["full"], decay=decay, eps=eps1)
+        else:
+            update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1, shards=shards)
+        clip = (rms(update, shards) / group["clip_threshold"]).clamp_(min=1.0)
+        size = rms(value, shards).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
+        value.addcmul_(update, size, value=-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the slots stay float32 (torch casts them to the parameter's type) and are not shared."""
@@ -225,6 +237,28 @@ class Adafactor(torch.optim.Optimizer):
                     key: value.to(param.device, torch.float32, copy=True) if isinstance(value, Tensor) else value
                     for key, value in state_dict["state"][id_].items()
                 }
+
+
+def _serves_kernel(value: Tensor, grad: Tensor, shards: Shards) -> bool:
+    """Whether `adafactor.cpp` steps a factored parameter: in half the time of torch's operations, on 2 cores."""
+    whole = shards.mesh is None and value.is_contiguous() and grad.is_contiguous()
+    return whole and value.device.type == grad.device.type == "cpu" and native.is_built()
+
+
+def _step_by_kernel(
+    value: Tensor, grad: Tensor, row: Tensor, col: Tensor, decay: float, group: dict[str, Any]
+) -> None:
+    """Change a parameter (rows, columns) and its slots in place, all float32.
+
+    Raises:
+        MemoryError: no room to work in.
+    """
+    library = native.library()
+    assert library is not None
+    numbers = (ctypes.c_float * 5)(decay, *group["eps"], group["lr"], group["clip_threshold"])
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, row, col))
+    if library.adafactor(*pointers, *(ctypes.c_long(size) for size in value.shape), numbers):
+        raise MemoryError(f"no memory for sums over {tuple(value.shape)}")
 
 
 def _owned(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

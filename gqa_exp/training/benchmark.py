@@ -43,13 +43,15 @@ PRODUCTS = (
 )
 """Products with weights, as torch's profiler names them: torch's, and ours of `model/sequence.py`."""
 SHAPES = {
-    "pre-training": (56, 128, 29),
-    "windows of 512": (14, 512, 114),
-    "fine-tuning": (14, 256, 32),
-    "cnn_dailymail": (6, 512, 256),
+    "pre-training": (56, 128, 29, 0.0),
+    "windows of 512": (14, 512, 114, 0.0),
+    "fine-tuning": (14, 256, 32, 0.0),
+    "fine-tuning with dropout": (14, 256, 32, 0.1),
+    "cnn_dailymail": (6, 512, 256, 0.1),
 }
-"""Windows or examples of a step, input tokens, target tokens: the mini base's own pre-training and T5's, as of
-conf/corpus/c4.yaml, as many tokens; fine-tuning on debian_synopsis, mini's, and on cnn_dailymail, T5's, as many."""
+"""Windows or examples of a step, input tokens, target tokens, dropout: the mini base's own pre-training and T5's, as of
+conf/corpus/c4.yaml, as many tokens; fine-tuning on debian_synopsis, mini's, without and with the paper's dropout, and
+on cnn_dailymail, T5's, as many tokens."""
 Logits = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -123,7 +125,9 @@ def attention_flops(geometry: T5Config, B: int, S: int, T: int) -> int:
     return 12 * B * geometry.num_heads * geometry.head_dim * pairs
 
 
-def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed: int) -> dict[str, Trainee]:
+def trainees(
+    geometry: T5Config, batch: tuple[Tensor, Tensor], dropout: float, dtype: str, seed: int
+) -> dict[str, Trainee]:
     """Both sides from the same weights, eager and, where there is a compiler, compiled."""
     import transformers
 
@@ -132,9 +136,12 @@ def trainees(geometry: T5Config, batch: tuple[Tensor, Tensor], dtype: str, seed:
     for form in ("eager", "compiled") if can_compile("gpu" if device.type == "cuda" else "cpu") else ("eager",):
         torch.manual_seed(seed)
         mine = T5(geometry).to(device)
+        mine.set_dropout(dropout)
         with tempfile.TemporaryDirectory() as folder:
             save_hf(mine, folder)
-            theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            theirs: Any = transformers.T5ForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, dropout_rate=dropout
+            )
         theirs.to(device)
         theirs.config.use_cache = False
         compiled = form == "compiled"
@@ -173,11 +180,11 @@ def _timed(trainee: Trainee, steps: int) -> Callable[[], Sample]:
 def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Tokens per second of each side and form, and the ratio of their faster forms."""
     geometry = T5Config.from_model_config(read_model_config(model))
-    B, S, T = SHAPES[shape]
+    B, S, T, dropout = SHAPES[shape]
     generator = torch.Generator().manual_seed(arguments.seed)
     batch = tuple(torch.randint(3, geometry.vocab_size, (B, length), generator=generator) for length in (S, T))
     ids, labels = (each.to(arguments.device) for each in batch)
-    contestants = trainees(geometry, (ids, labels), dtype, arguments.seed)
+    contestants = trainees(geometry, (ids, labels), dropout, dtype, arguments.seed)
     series = interleave(
         {name: _timed(trainee, arguments.steps) for name, trainee in contestants.items()},
         warmup_rounds=2,
@@ -195,6 +202,7 @@ def measure(model: str, shape: str, arguments: argparse.Namespace, dtype: str) -
     return {
         "model": model,
         "shape": shape,
+        "dropout": dropout,
         "dtype": dtype,
         "tokens_per_second": speeds,
         "best": best,

@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from gqa_exp.errors import InputError
+from gqa_exp.model import native
 from gqa_exp.training.adafactor import Adafactor, load_named_slots, named_slots, pool_slots, rms
 
 
@@ -54,6 +55,16 @@ def gradients(shape, seed, scale, spread=1.0):
         yield scale * np.exp(2 * generator.normal()) * row * generator.normal(size=shape)
 
 
+@pytest.fixture(params=["kernel", "torch"])
+def implementation(request, monkeypatch):
+    """Of factored steps on a CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif not native.is_built():
+        pytest.skip("no kernels on this host")
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize(
     ("shape", "threshold", "parameter_scale", "gradient_scale"),
     [
@@ -93,6 +104,7 @@ def test_agrees_with_the_paper(shape, threshold, parameter_scale, gradient_scale
         assert "row" not in state
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize(("shape", "threshold"), [((5, 8), 4), ((5, 8), 128)], ids=["factored", "unfactored"])
 def test_a_clock_that_has_run_before_goes_on(shape, threshold):
     """Slots that bring a step count, as a base's do: the decay is that of the steps behind them."""
@@ -133,6 +145,7 @@ def test_factors_from_128_on(shape, factored):
     assert ("full" in optimizer.state[param]) != factored
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("shape", [(128, 192), (200, 128), (64,)])
 def test_agrees_with_transformers(shape):
     torch.manual_seed(0)
@@ -156,6 +169,56 @@ def test_agrees_with_transformers(shape):
         reference.step()
         moved = (theirs.detach() - start).abs().max()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(moved))
+
+
+def stepped(x, grads, by_torch):
+    """The parameter and its slots after a step for each gradient."""
+    param = torch.nn.Parameter(x.clone())
+    optimizer = Adafactor([param], lr=0.1, min_dim_size_to_factor=1)
+    with pytest.MonkeyPatch.context() as patched:
+        if by_torch:
+            patched.setattr(native, "library", lambda: None)
+        for grad in grads:
+            param.grad = grad
+            optimizer.step()
+    return param.detach(), optimizer.state[param]["row"], optimizer.state[param]["col"]
+
+
+needs_kernels = pytest.mark.skipif(not native.is_built(), reason="no kernels on this host")
+
+
+@needs_kernels
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 4), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_steps_as_torchs_operations_do(rows, columns, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator)
+    grads = [torch.randn(columns, rows, generator=generator).t() * 10.0**power for power in (-3, 0, -1)]
+    torch.set_num_threads(threads)
+    for contiguous in (False, True):  # the kernel, which takes rows that lie in order, is left out of the first
+        ours, theirs = ([*stepped(x, [g.contiguous() if contiguous else g for g in grads], by)] for by in (False, True))
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_the_kernel_sums_millions_of_squares_as_accurately_as_float64():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.rand(70_000, 24, generator=generator)
+    grad[0] = 3000.0  # beside which a single running sum would lose the others
+    _, row, col = stepped(torch.ones(70_000, 24), [grad], by_torch=False)
+    torch.testing.assert_close(row.double(), grad.double().square().mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(col.double(), grad.double().square().mean(0), rtol=1e-6, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_spreads_as_with_torchs_operations(value):
+    x, grad = torch.ones(8, 8), torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    grad[3, 5] = value
+    ours, theirs = (stepped(x, [grad, torch.ones(8, 8)], by)[0] for by in (False, True))
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert ours.isnan().any()
 
 
 def test_rms_is_accurate_for_millions_of_elements():

@@ -9,7 +9,7 @@ from gqa_exp.training import benchmark
 
 
 def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(benchmark, "SHAPES", {"fine-tuning": (2, 9, 5)})
+    monkeypatch.setattr(benchmark, "SHAPES", {"fine-tuning": (2, 9, 5, 0.0)})
     monkeypatch.setattr(benchmark, "can_compile", lambda accelerator: False)
     words = ["--models", "micro", "--shapes", "fine-tuning", "--dtype=float32", "--steps=2", "--rounds=2"]
     losses, flops = [], []
