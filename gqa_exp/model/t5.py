@@ -376,8 +376,12 @@ class T5(nn.Module):
             decoder_input_ids: (B, T), the targets shifted right by one (see `shift_right`).
             attention_mask: (B, S), 1 for tokens and 0 for padding; None when nothing is padded.
         """
-        encoded_BSD = self.encode(input_ids, attention_mask)
-        return self.logits(self.decode(decoder_input_ids, encoded_BSD, attention_mask))
+        mask = additive_mask(attention_mask, self.embedding.weight.dtype)
+        # Looked up together: each lookup's gradient is a matrix of the embedding's size, and they would be added.
+        ids = (input_ids, decoder_input_ids)
+        embedded = self.embedding(torch.cat([each.flatten() for each in ids])).split([each.numel() for each in ids])
+        source_BSD, target_BTD = (rows.view(*each.shape, -1) for rows, each in zip(embedded, ids, strict=True))
+        return self.logits(self.decoder(target_BTD, self.encoder(source_BSD, mask), mask))
 
     def logits(self, decoded_BTD: Tensor) -> Tensor:
         """Decoder states (B, T, D) to logits (B, T, V)."""
