@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "common.h"
@@ -21,7 +22,7 @@ struct Sums {
 };
 
 // Advances a running mean.
-void advance(float& mean, double found, float decay) { mean += (1 - decay) * (static_cast<float>(found) - mean); }
+void advance(float& mean, double found, float weight) { mean += weight * (static_cast<float>(found) - mean); }
 
 // At least this, and NaN if it is NaN.
 double at_least(double x, double least) { return x < least ? least : x; }
@@ -29,11 +30,11 @@ double at_least(double x, double least) { return x < least ? least : x; }
 }  // namespace
 
 // Changes x, (rows, columns), by its gradient, and the means over columns (rows) and rows (columns) of the gradient's
-// squares. Numbers: the decay; eps, added to the squares; the least root mean square of x; the rate; the root mean square
-// of the update from which on it is clipped. Returns whether memory was lacking.
+// squares. Numbers: the weight of what is new in these means; eps, added to the squares; the least root mean square of x;
+// the rate; the root mean square of the update from which on it is clipped. Returns whether memory was lacking.
 extern "C" int adafactor(float* x, const float* gradient, float* over_columns, float* over_rows, long rows, long columns,
                          const float* numbers) try {
-  const float decay = numbers[0], eps = numbers[1], least = numbers[2], rate = numbers[3], threshold = numbers[4];
+  const float weight = numbers[0], eps = numbers[1], least = numbers[2], rate = numbers[3], threshold = numbers[4];
   const double elements = static_cast<double>(rows) * static_cast<double>(columns);
   std::vector<Sums> sums(omp_get_max_threads());
   for (Sums& each : sums) each.of_column.resize(columns);
@@ -59,7 +60,7 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
           squares += weights[j] * weights[j];
         }
         mine.of_squares += squares;
-        advance(over_columns[i], gradients / columns + eps, decay);
+        advance(over_columns[i], gradients / columns + eps, weight);
       }
       for (long j = 0; j < columns; ++j) mine.of_column[j] += some[j];
     }
@@ -67,7 +68,7 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
     for (long j = own.begin; j < own.end; ++j) {
       double total = 0;
       for (long t = 0; t < threads; ++t) total += sums[t].of_column[j];
-      advance(over_rows[j], total / rows + eps, decay);
+      advance(over_rows[j], total / rows + eps, weight);
       column[j] = 1 / std::sqrt(over_rows[j]);
     }
     double mean = 0;  // by every thread, rather than wait for one

@@ -1,8 +1,8 @@
 """Builds the kernels of this folder, `*.cpp`, and calls those of decode steps: at the speed of the memory.
 
 They are compiled once per host, in a few seconds, when first asked for. A CPU with AVX-512 in bfloat16 has all of them,
-another with AVX2 those of decode steps in float32; elsewhere, and where there is no compiler, torch's operations
-serve. `sequence.py` calls those for whole sequences.
+another with AVX2 those of decode steps in float32 and of Adafactor; elsewhere, and where there is no compiler, torch's
+operations serve. `sequence.py` calls those for whole sequences, and the optimizer its own.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Attention, gated GELU, dropout and linear layers of whole sequences on a CPU, with gradients, by kernels.
 
-For bfloat16: the first two in training and in the encoder, linear layers in training, whose work is mostly gradients.
+For bfloat16: the first two in training and in the encoder, the others in training, whose work is mostly gradients.
 Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers that are in no cache):
 
     what                                                        torch  kernel
@@ -12,7 +12,8 @@ Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last 
     linear, 7168 x 256 to 256, forward / backward           1.0 / 2.4   0.9 / 2.0
 
 On 2 cores with AMX, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in tiles 4.1 / 12.6. There linear
-layers are torch's but for their weights' gradients.
+layers are torch's but for their weights' gradients. Dropout of 7168 x 512 takes 20 to 29 there, torch's, compiled, and
+1.5 to 2.1 by the kernel; attention of (14, 256, 8, 32) with dropout, both ways, 78 to 122 and 14 to 21.
 
 Attention keeps two numbers per query rather than weights for the backward pass. It reads the mask apart, and the bias
 by distance: T+S-1 numbers per head, which stay in the first cache, rather than T*S.

@@ -194,7 +194,7 @@ class FeedForward(nn.Module):
         return self.wo(hidden_BTF)  # type: ignore[no-any-return]
 
 
-def activate(kind: str, x: Tensor, gated: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def activate(kind: str, x: Tensor, gated: Tensor | None = None, *, dropout: float = 0.0) -> Tensor:
     """act(x), times `gated` where there is one, by the `ACTIVATIONS` of a kind; then dropout of this probability."""
     if gated is not None and ACTIVATIONS[kind] is gelu and sequence.serves_gated_gelu(x, gated):
         return sequence.gated_gelu(x, gated, dropout)

@@ -245,9 +245,7 @@ def _serves_kernel(value: Tensor, grad: Tensor, shards: Shards) -> bool:
     return whole and value.device.type == grad.device.type == "cpu" and native.is_built()
 
 
-def _step_by_kernel(
-    value: Tensor, grad: Tensor, row: Tensor, col: Tensor, decay: float, group: dict[str, Any]
-) -> None:
+def _step_by_kernel(value: Tensor, grad: Tensor, row: Tensor, col: Tensor, decay: float, group: dict[str, Any]) -> None:
     """Change a parameter (rows, columns) and its slots in place, all float32.
 
     Raises:
@@ -255,7 +253,7 @@ def _step_by_kernel(
     """
     library = native.library()
     assert library is not None
-    numbers = (ctypes.c_float * 5)(decay, *group["eps"], group["lr"], group["clip_threshold"])
+    numbers = (ctypes.c_float * 5)(1.0 - decay, *group["eps"], group["lr"], group["clip_threshold"])
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, row, col))
     if library.adafactor(*pointers, *(ctypes.c_long(size) for size in value.shape), numbers):
         raise MemoryError(f"no memory for sums over {tuple(value.shape)}")

@@ -276,4 +276,3 @@ def test_the_operations_keep_torchs_rules():
     torch.library.opcheck(sequence._dropout, (x, seed, 6554), test_utils=checks)
     torch.library.opcheck(sequence._gated_gelu, (x, x.detach(), seed, 6554), test_utils=checks)
     torch.library.opcheck(sequence._attention, (q, k, k.detach(), None, None, seed, 6554), test_utils=checks)
-
