@@ -1,6 +1,7 @@
 // A step of Adafactor for a matrix whose second moments are factored, in float32: see gqa_exp/training/adafactor.py,
 // which has the formulas. Each matrix is read from memory once, if its share of a thread fits the second cache, and
-// nothing of its size is written but the matrix itself.
+// nothing of its size is written but the matrix itself. Each thread has its share of the sums: another number of threads
+// may change the last bits.
 //
 // Compiled by native.py for the processor it runs on.
 
@@ -16,9 +17,9 @@ namespace {
 constexpr long kRows = 64;  // whose squares are summed in float32 before a column's sum in float64 takes them up
 
 struct Sums {
-  double of_squares = 0;          // of the weights
-  double of_updates = 0;          // of their squares, before clipping
-  std::vector<double> of_column;  // of the gradient's squares
+  double of_weights = 0;          // their squares
+  double of_updates = 0;          // theirs, before clipping
+  std::vector<double> of_column;  // the gradient's squares in each
 };
 
 // Advances a running mean.
@@ -59,7 +60,7 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
           gradients += square;
           squares += weights[j] * weights[j];
         }
-        mine.of_squares += squares;
+        mine.of_weights += squares;
         advance(over_columns[i], gradients / columns + eps, weight);
       }
       for (long j = 0; j < columns; ++j) mine.of_column[j] += some[j];
@@ -91,7 +92,7 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
     {
       double squares = 0, updates = 0;
       for (const Sums& each : sums) {
-        squares += each.of_squares;
+        squares += each.of_weights;
         updates += each.of_updates;
       }
       const double clip = at_least(std::sqrt(updates / elements) / threshold, 1);

@@ -71,7 +71,7 @@ def grouped_attention(
         if bias_BGLS is not None:
             scores_BGLS = scores_BGLS + bias_BGLS.to(scores_BGLS.dtype)
         weights_BGLS = scores_BGLS.softmax(dim=-1)  # accumulates in float32 whatever the dtype
-        out_BGLK = F.dropout(weights_BGLS, dropout) @ v_BGSK
+        out_BGLK = sequence.dropout(weights_BGLS, dropout) @ v_BGSK
     else:
         added = None if bias_BGLS is None else bias_BGLS.to(q_BGLK.dtype)
         out_BGLK = F.scaled_dot_product_attention(q_BGLK, k_BGSK, v_BGSK, added, dropout, scale=1.0)

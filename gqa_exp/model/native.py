@@ -179,7 +179,10 @@ def step_kernel() -> Callable[..., int]:
 
 
 def use_tiles(wanted: bool) -> bool:
-    """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first."""
+    """Whether products in bfloat16 use AMX from now on: as wanted, where CPU and system have it. It is on at first.
+
+    What was compiled with the other answer does not fit this one.
+    """
     found = library()
     return found is not None and has_bfloat16() and bool(found.use_tiles(wanted))
 

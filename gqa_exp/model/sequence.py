@@ -1,6 +1,7 @@
 """Attention, gated GELU, dropout and linear layers of whole sequences on a CPU, with gradients, by kernels.
 
-For bfloat16: the first two in training and in the encoder, the others in training, whose work is mostly gradients.
+For bfloat16: the first two in training and in the encoder, the others in training: linear layers for their gradients,
+which are most of its work.
 Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last two from numbers that are in no cache):
 
     what                                                        torch  kernel
@@ -12,8 +13,9 @@ Against torch's own operations, compiled, on 2 cores with AVX-512 (ms; the last 
     linear, 7168 x 256 to 256, forward / backward           1.0 / 2.4   0.9 / 2.0
 
 On 2 cores with AMX, attention of (56, 128, 8, 32) takes 7.9 / 23.5 by AVX-512, and in tiles 4.1 / 12.6. There linear
-layers are torch's but for their weights' gradients. Dropout of 7168 x 512 takes 20 to 29 there, torch's, compiled, and
-1.5 to 2.1 by the kernel; attention of (14, 256, 8, 32) with dropout, both ways, 78 to 122 and 14 to 21.
+layers are torch's but for their weights' gradients. Dropout of 7168 x 512, forward alone, takes 20 to 29 there by
+torch, compiled, and 1.5 to 2.1 by the kernel; attention of (14, 256, 8, 32) with dropout, forward and backward, by
+torch, eager, 78 to 122, and 14 to 21.
 
 Attention keeps two numbers per query rather than weights for the backward pass. It reads the mask apart, and the bias
 by distance: T+S-1 numbers per head, which stay in the first cache, rather than T*S.
@@ -32,7 +34,7 @@ from gqa_exp.model import native
 
 VECTOR, PANEL = 16, 32
 NUMBERS = 1 << 16
-"""That dropout's random number of an element may be, see dropout.h."""
+"""Values that an element's random number may take in dropout, see dropout.h."""
 LEAST_ROWS = 256
 """Of a linear layer's inputs: with fewer the kernel is no faster than torch's products, and its calls cost more."""
 MOST_SUMS, MOST_SUMS_IN_TILES = 384 * 256, 512 * 512
@@ -204,7 +206,7 @@ def serves_gated_gelu(x: Tensor, y: Tensor) -> bool:
 
 
 def gated_gelu(x: Tensor, y: Tensor, dropout: float = 0.0) -> Tensor:
-    """gelu(x) * y in bfloat16, GELU in tanh's approximation, then dropout of this probability; with gradients."""
+    """gelu(x) * y in bfloat16, GELU in tanh's approximation, then `dropout` of this probability; with gradients."""
     out: Tensor = _gated_gelu(x, y, *_drawn(dropout))
     return out
 
@@ -256,8 +258,12 @@ def serves_dropout(x: Tensor) -> bool:
 def dropout(x: Tensor, probability: float) -> Tensor:
     """Zero elements with a probability, and scale the others so that the mean stays, by the kernel where it serves.
 
-    The kernel draws numbers of 16 bits: the probability is rounded to a multiple of 1/65536, and so is the scale. They
-    follow from a seed, drawn from torch's generator at each call, and are drawn again for the gradient, not stored.
+    The kernel draws numbers of 16 bits: the probability is rounded to a multiple of 1/65536, and the scale follows from
+    the rounded one. The numbers follow from a seed, drawn from torch's generator at each call (compiled, by 32 bits of
+    it), and are drawn again for the gradient, not stored.
+
+    Raises:
+        ValueError: the probability is not in [0, 1).
     """
     if not probability:
         return x
@@ -299,9 +305,11 @@ _dropout.register_autograd(
 
 def _drawn(probability: float) -> tuple[Tensor | None, int]:
     """A seed, if anything may be dropped, and how many of 65536 equally probable numbers drop an element."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"dropout={probability} must be 0 or more, and below 1")
     dropped = min(round(probability * NUMBERS), NUMBERS - 1)
     # By an operation that torch.compile knows to be random, and neither leaves out nor repeats.
-    return (torch.randint(1 << 62, (1,)) if dropped else None), dropped
+    return (torch.randint(1 << 62, (1,), device="cpu") if dropped else None), dropped
 
 
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
@@ -369,7 +377,10 @@ def _products(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _linear_backward(
     x: Tensor, weight: Tensor, rounded: Tensor, d_y: Tensor, with_x: bool, with_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
+    """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for.
+
+    `rounded` is what the forward pass returned beside the product.
+    """
     d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
     d_y = d_y.contiguous()
     if with_x and native.multiplies_in_tiles():
@@ -398,7 +409,9 @@ def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)  # of the rounded weight, which has none
 
 
-def _linear_gradients(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _linear_gradients(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
+    if d_y is None:
+        return None, None
     with_x, with_weight = ctx.needs_input_grad
     x, weight, rounded = ctx.saved_tensors
     d_x, d_weight = _linear_backward(x, weight, rounded, d_y, with_x, with_weight)

@@ -1,5 +1,5 @@
-// What is done element by element: dropout, and the middle of a gated feed-forward network, gelu(x) * y with dropout,
-// and its gradients, in bfloat16, computed in float32.
+// What is done element by element, computed in float32: dropout, and in bfloat16 the middle of a gated feed-forward
+// network, gelu(x) * y with dropout, and its gradients.
 //
 // GELU in tanh's approximation is x * s with s = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 // Compiled by native.py for the processor it runs on; needs AVX-512 with bfloat16.
@@ -25,7 +25,8 @@ inline __m512 sigmoid_of_twice_u(__m512 x, __m512 square) {
   return _mm512_div_ps(constant(1), _mm512_add_ps(constant(1), exponential(power)));
 }
 
-// Calls work(i, kept, scale) for each 16 of n elements, which are those from i on.
+// Calls work(i, factors) for each 16 of n elements, which are those from i on: the factors are zero or dropout's scale, and
+// not a selection, so that what is no number shows.
 template <typename Work>
 void by_vectors(long n, const Dropout& dropout, Work work) {
   const float scale = dropout.scale();
@@ -34,15 +35,15 @@ void by_vectors(long n, const Dropout& dropout, Work work) {
     std::uint64_t kept = dropout.kept(block);
     const long end = std::min(n, (block + 1) * Dropout::elements);
     for (long i = block * Dropout::elements; i < end; i += 16, kept >>= 16)
-      work(i, static_cast<__mmask16>(kept), constant(scale));
+      work(i, _mm512_maskz_mov_ps(static_cast<__mmask16>(kept), constant(scale)));
   }
 }
 
 template <typename Number>
 void drop(const Number* x, Number* out, long n, const Dropout& dropout) {
-  by_vectors(n, dropout, [=](long i, __mmask16 kept, __m512 scale) {
+  by_vectors(n, dropout, [=](long i, __m512 factors) {
     const __mmask16 there = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
-    narrow(out + i, _mm512_maskz_mul_ps(kept, widen(x + i, there), scale), there);
+    narrow(out + i, _mm512_mul_ps(widen(x + i, there), factors), there);
   });
 }
 
@@ -59,18 +60,18 @@ extern "C" void dropout_bfloat16(const std::int64_t* seed, long dropped, const B
 // The same, of a multiple of 16 elements; the seed may be null.
 extern "C" void gated_gelu(const std::int64_t* seed, long dropped, const BFloat16* x, const BFloat16* y, BFloat16* out,
                            long n) {
-  by_vectors(n, {seed, dropped}, [=](long i, __mmask16 kept, __m512 scale) {
+  by_vectors(n, {seed, dropped}, [=](long i, __m512 factors) {
     const __m512 a = widen(x + i);
     const __m512 gelu = _mm512_mul_ps(a, sigmoid_of_twice_u(a, _mm512_mul_ps(a, a)));
-    narrow(out + i, _mm512_maskz_mul_ps(kept, _mm512_mul_ps(gelu, widen(y + i)), scale));
+    narrow(out + i, _mm512_mul_ps(_mm512_mul_ps(gelu, widen(y + i)), factors));
   });
 }
 
 extern "C" void gated_gelu_backward(const std::int64_t* seed, long dropped, const BFloat16* x, const BFloat16* y,
                                     const BFloat16* d_out, BFloat16* d_x, BFloat16* d_y, long n) {
-  by_vectors(n, {seed, dropped}, [=](long i, __mmask16 kept, __m512 scale) {
+  by_vectors(n, {seed, dropped}, [=](long i, __m512 factors) {
     const __m512 a = widen(x + i), square = _mm512_mul_ps(a, a), s = sigmoid_of_twice_u(a, square);
-    const __m512 gelu = _mm512_mul_ps(a, s), gradient = _mm512_maskz_mul_ps(kept, widen(d_out + i), scale);
+    const __m512 gelu = _mm512_mul_ps(a, s), gradient = _mm512_mul_ps(widen(d_out + i), factors);
     const __m512 slope = _mm512_fmadd_ps(square, constant(3 * kSlope * kCubic), constant(kSlope));  // of 2 u
     const __m512 derivative = _mm512_fmadd_ps(_mm512_mul_ps(gelu, slope), _mm512_sub_ps(constant(1), s), s);
     narrow(d_y + i, _mm512_mul_ps(gradient, gelu));

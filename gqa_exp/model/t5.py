@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
         for name in self.names:
             setattr(self, name, Linear(d_model, d_ff))
         self.wo = Linear(d_ff, d_model)
-        self.dropout = Dropout(0.0)
+        self.dropout = 0.0
 
     @property
     def inner(self) -> list[Linear]:
@@ -190,7 +190,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         projected = (projection(x_BTD) for projection in self.inner)
-        hidden_BTF = activate(self.kind, *projected, dropout=self.dropout.p if self.training else 0.0)
+        hidden_BTF = activate(self.kind, *projected, dropout=self.dropout if self.training else 0.0)
         return self.wo(hidden_BTF)  # type: ignore[no-any-return]
 
 
@@ -342,7 +342,7 @@ class T5(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = probability
-            elif isinstance(module, GroupedAttention):
+            elif isinstance(module, (GroupedAttention, FeedForward)):
                 module.dropout = probability
 
     def set_checkpointing(self, on: bool) -> None:
@@ -361,12 +361,13 @@ class T5(nn.Module):
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Token ids (B, S) to encoded states (B, S, D)."""
-        return self.encoder(self.embedding(input_ids), additive_mask(attention_mask, self.embedding.weight.dtype))  # type: ignore[no-any-return]
+        (source_BSD,) = self._embed(input_ids)
+        return self.encoder(source_BSD, additive_mask(attention_mask, self.embedding.weight.dtype))  # type: ignore[no-any-return]
 
     def decode(self, decoder_input_ids: Tensor, encoded_BSD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Teacher-forced decoding: (B, T) ids and encoded states (B, S, D) to decoder states (B, T, D)."""
-        cross_mask = additive_mask(attention_mask, self.embedding.weight.dtype)
-        return self.decoder(self.embedding(decoder_input_ids), encoded_BSD, cross_mask)  # type: ignore[no-any-return]
+        (target_BTD,) = self._embed(decoder_input_ids)
+        return self.decoder(target_BTD, encoded_BSD, additive_mask(attention_mask, self.embedding.weight.dtype))  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of every target position.
@@ -377,11 +378,14 @@ class T5(nn.Module):
             attention_mask: (B, S), 1 for tokens and 0 for padding; None when nothing is padded.
         """
         mask = additive_mask(attention_mask, self.embedding.weight.dtype)
-        # Looked up together: each lookup's gradient is a matrix of the embedding's size, and they would be added.
-        ids = (input_ids, decoder_input_ids)
-        embedded = self.embedding(torch.cat([each.flatten() for each in ids])).split([each.numel() for each in ids])
-        source_BSD, target_BTD = (rows.view(*each.shape, -1) for rows, each in zip(embedded, ids, strict=True))
+        source_BSD, target_BTD = self._embed(input_ids, decoder_input_ids)
         return self.logits(self.decoder(target_BTD, self.encoder(source_BSD, mask), mask))
+
+    def _embed(self, *ids: Tensor) -> list[Tensor]:
+        """Rows of the embedding for ids of any shape, together: each lookup has a gradient of the whole's size."""
+        rows = self.embedding(torch.cat([each.flatten() for each in ids]))
+        found = rows.split([each.numel() for each in ids])
+        return [part.view(*each.shape, rows.shape[1]) for part, each in zip(found, ids, strict=True)]
 
     def logits(self, decoded_BTD: Tensor) -> Tensor:
         """Decoder states (B, T, D) to logits (B, T, V)."""

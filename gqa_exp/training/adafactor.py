@@ -20,6 +20,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
@@ -204,27 +205,13 @@ class Adafactor(torch.optim.Optimizer):
                 state["step"] += 1
                 decay = 1.0 - state["step"] ** -group["decay_exponent"]
                 grad, value = shards.local(param.grad).float(), own.float()  # no copies of what is float32 already
-                if "row" in state and _serves_kernel(value, grad, shards):
-                    _step_by_kernel(value, grad, state["row"], state["col"], decay, group)
+                if _serves_kernel(value, grad, state, shards):
+                    _step_by_kernel(value, grad, state, decay, group)
                 else:
-                    self._step(value, grad, state, decay, group, shards)
+                    _step_by_torch(value, grad, state, decay, group, shards)
                 if value is not own:
                     own.copy_(value)
         return loss
-
-    @staticmethod
-    def _step(
-        value: Tensor, grad: Tensor, state: dict[str, Any], decay: float, group: dict[str, Any], shards: Shards
-    ) -> None:
-        """Change a parameter, or this rank's rows of it, and its slots, in place."""
-        eps1, eps2 = group["eps"]
-        if "full" in state:
-            update = unfactored_update(grad, state["full"], decay=decay, eps=eps1)
-        else:
-            update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1, shards=shards)
-        clip = (rms(update, shards) / group["clip_threshold"]).clamp_(min=1.0)
-        size = rms(value, shards).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
-        value.addcmul_(update, size, value=-1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the slots stay float32 (torch casts them to the parameter's type) and are not shared."""
@@ -239,24 +226,42 @@ class Adafactor(torch.optim.Optimizer):
                 }
 
 
-def _serves_kernel(value: Tensor, grad: Tensor, shards: Shards) -> bool:
-    """Whether `adafactor.cpp` steps a factored parameter: in half the time of torch's operations, on 2 cores."""
-    whole = shards.mesh is None and value.is_contiguous() and grad.is_contiguous()
-    return whole and value.device.type == grad.device.type == "cpu" and native.is_built()
+def _step_by_torch(
+    value: Tensor, grad: Tensor, state: dict[str, Any], decay: float, group: dict[str, Any], shards: Shards
+) -> None:
+    """Change a parameter, or this rank's rows of it, and its slots in place, all float32."""
+    eps1, eps2 = group["eps"]
+    if "full" in state:
+        update = unfactored_update(grad, state["full"], decay=decay, eps=eps1)
+    else:
+        update = factored_update(grad, state["row"], state["col"], decay=decay, eps=eps1, shards=shards)
+    clip = (rms(update, shards) / group["clip_threshold"]).clamp_(min=1.0)
+    size = rms(value, shards).clamp_(min=eps2).mul_(group["lr"]).div_(clip)
+    value.addcmul_(update, size, value=-1)
 
 
-def _step_by_kernel(value: Tensor, grad: Tensor, row: Tensor, col: Tensor, decay: float, group: dict[str, Any]) -> None:
-    """Change a parameter (rows, columns) and its slots in place, all float32.
+def _serves_kernel(value: Tensor, grad: Tensor, state: dict[str, Any], shards: Shards) -> bool:
+    """Whether `adafactor.cpp` makes this step: in half the time of torch's operations, on 2 cores."""
+    if "row" not in state or shards.mesh is not None:
+        return False
+    tensors = (value, grad, state["row"], state["col"])
+    return all(each.device.type == "cpu" and each.is_contiguous() for each in tensors) and native.is_built()
+
+
+def _step_by_kernel(value: Tensor, grad: Tensor, state: dict[str, Any], decay: float, group: dict[str, Any]) -> None:
+    """The same as by torch, for factored slots.
 
     Raises:
         MemoryError: no room to work in.
     """
     library = native.library()
     assert library is not None
+    changed = (value, state["row"], state["col"])
     numbers = (ctypes.c_float * 5)(1.0 - decay, *group["eps"], group["lr"], group["clip_threshold"])
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, row, col))
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, *changed[1:]))
     if library.adafactor(*pointers, *(ctypes.c_long(size) for size in value.shape), numbers):
         raise MemoryError(f"no memory for sums over {tuple(value.shape)}")
+    increment_version(changed)  # autograd then refuses a backward pass that would need what was there before
 
 
 def _owned(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -152,7 +152,11 @@ def trainees(
                 block.compile()
         found[f"ours {form}"] = Trainee(mine, mine, batch, dtype, compiled)
         found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype, compiled)
-    losses = {name: trainee.loss().item() for name, trainee in found.items()}
+    losses = {}
+    for name, trainee in found.items():
+        trainee.model.train(not dropout)  # of which each draws its own
+        losses[name] = trainee.loss().item()
+        trainee.model.train()
     if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
         raise RuntimeError(f"the same weights give different losses: {losses}")
     return found

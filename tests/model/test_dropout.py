@@ -12,7 +12,9 @@ from scipy import stats
 from test_sequence import assert_near, by_formula, in_float64, instructions, with_either, with_gradients
 
 from gqa_exp.model import T5, T5Config, native, sequence
+from gqa_exp.model.attention import grouped_attention
 from gqa_exp.model.sequence import NUMBERS
+from gqa_exp.model.t5 import additive_mask
 
 __all__ = ["instructions"]  # a fixture
 pytestmark = pytest.mark.skipif(not native.has_bfloat16(), reason="no AVX-512 with bfloat16, or no compiler")
@@ -136,6 +138,34 @@ def test_the_ends_of_the_range(probability):
     assert abs((out == 0).float().mean() - probability) < 0.02
 
 
+@pytest.mark.parametrize("probability", [-0.1, 1.0, 1.5, float("nan")])
+def test_what_is_no_probability_is_refused(probability):
+    with pytest.raises(ValueError, match="must be 0 or more, and below 1"):
+        sequence.dropout(torch.ones(64).bfloat16(), probability)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_shows_though_it_is_dropped(value):
+    """As with torch's, which multiplies by zero: training looks for it in the loss."""
+    x = torch.full((640,), value).bfloat16()
+    assert not sequence.dropout(x, 0.5).isfinite().any()
+    assert not sequence.gated_gelu(x, torch.ones_like(x), 0.5).isfinite().any()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_seeds_are_drawn_where_the_kernel_reads_them(device):
+    x = torch.ones(640).bfloat16()
+    with torch.device(device):
+        assert 0 < sequence.dropout(x, 0.5).count_nonzero() < 640
+
+
+def test_attention_written_out_drops_by_the_kernel_too(calls):
+    torch.set_num_threads(3)  # more than there are KV heads, which the kernel for attention does not serve
+    q, k, v = torch.randn(1, 9, 4, 32).bfloat16().requires_grad_(), *torch.randn(2, 1, 1, 9, 32).bfloat16()
+    grouped_attention(q, k, v, dropout=0.1)
+    assert calls == ["dropout_bfloat16"]
+
+
 @given(st.integers(1, 5), st.integers(1, 9), seeds, numbers)
 @settings(max_examples=30, deadline=None)
 def test_gated_gelu_with_dropout_and_its_gradients_are_the_formula(rows, vectors, seed, dropped):
@@ -167,12 +197,14 @@ def test_gated_gelu_with_dropout_and_its_gradients_are_the_formula(rows, vectors
     st.tuples(*(st.integers(1, high) for high in (4, 70)), st.integers(8, 200), *(st.integers(1, 3),) * 2),
     st.sampled_from(native.HEAD_DIMS),
     st.integers(1, NUMBERS // 2),
+    st.sampled_from([None, torch.float32, torch.bfloat16]),
+    st.booleans(),
     st.integers(1, 3),
     seeds,
 )
-@example((2, 33, 65, 2, 2), 32, 6554, 2, 1)  # a block of 64 keys of which there is one
+@example((2, 33, 65, 2, 2), 32, 6554, torch.float32, True, 2, 1)  # a block of 64 keys of which there is one
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_attention_with_dropout_and_its_gradients_are_the_formula(case, K, dropped, threads, seed):
+def test_attention_with_dropout_and_its_gradients_are_the_formula(case, K, dropped, bias, padded, threads, seed):
     B, T, S, G, R = case
     torch.set_num_threads(threads)
     torch.manual_seed(seed % 1000)
@@ -189,12 +221,18 @@ def test_attention_with_dropout_and_its_gradients_are_the_formula(case, K, dropp
     def formula(q, k, v, bias, mask):
         return by_formula(q, k, v, bias, mask, factor)
 
-    tensors = (q, k, v, torch.randn(H, T + S - 1))
-    found = with_gradients(ours, tensors, None, d_out)
-    expected = with_gradients(formula, in_float64(*tensors), None, d_out.double())
+    there = torch.arange(S) < torch.randint(S // 2, S + 1, (B, 1))
+    mask_BS = additive_mask(there.long(), torch.float32)[:, 0, 0] if padded else None
+    tensors = (q, k, v, None if bias is None else torch.randn(H, T + S - 1, dtype=bias))
+    found = with_gradients(ours, tensors, mask_BS, d_out)
+    mask = None if mask_BS is None else mask_BS[:, None, None].double()
+    expected = with_gradients(formula, in_float64(*tensors), mask, d_out.double())
+    d_k, d_v = found[2:4]
     assert_near([found.pop(3), found.pop(0)], [expected.pop(3), expected.pop(0)])
     # As without dropout, gradients of scores nearly cancel where a query has few keys, here those that it keeps.
     assert_near(found, expected, 0.02 + 4 / S)
+    if padded:
+        assert not any(gradient[~there].any() for gradient in (d_k, d_v))
 
 
 def model_and_batch():
@@ -209,20 +247,29 @@ def logits_of(model, *ids):
         return model(*ids)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The seed and what is dropped of 65536 at each call of a kernel, in order."""
+    found, kernel = [], sequence._kernel
+
+    def spy(name):
+        def call(*arguments):
+            if name.startswith(("forward", "backward")):
+                pointer, dropped = arguments[0][5], arguments[1][5]
+            else:
+                pointer, dropped = arguments[0] and arguments[0].value, arguments[1].value
+            found.append((pointer and ctypes.c_int64.from_address(pointer).value, dropped))
+            return kernel(name)(*arguments)
+
+        return kernel(name) if name.startswith("linear") else call
+
+    monkeypatch.setattr(sequence, "_kernel", spy)
+    return found
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_drops_anew_at_each_site_and_step_and_the_same_from_the_same_seed(compiled, monkeypatch):
+def test_a_model_drops_anew_at_each_site_and_step_and_the_same_from_the_same_seed(compiled, drawn):
     model, *ids = model_and_batch()
-    drawn, call = [], sequence._kernel
-    monkeypatch.setattr(
-        sequence,
-        "_kernel",
-        lambda name: lambda *arguments: drawn.append((name, seed_of(name, arguments))) or call(name)(*arguments),
-    )
-
-    def seed_of(name, arguments):
-        pointer = arguments[0][5] if "ward_" in name else arguments[0].value
-        return ctypes.c_int64.from_address(pointer).value
-
     if compiled:
         model.compile_layers()
     results = []
@@ -230,15 +277,15 @@ def test_a_model_drops_anew_at_each_site_and_step_and_the_same_from_the_same_see
         torch.manual_seed(seed)
         drawn.clear()
         logits = logits_of(model, *ids)
-        forward = dict.fromkeys(seed for _, seed in drawn)
+        forward = [seed for seed, _ in drawn]
         # of a layer's attention and feed-forward: weights, residual; of the stacks' ends
-        assert len(forward) == len(drawn) == 2 * 4 + 2 * 6 + 2 * 2
+        assert len(set(forward)) == len(forward) == 2 * 4 + 2 * 6 + 2 * 2
         logits.float().square().mean().backward()
-        backward = drawn[len(forward) :]
-        assert {seed for _, seed in backward} == set(forward)
+        assert {seed for seed, _ in drawn[len(forward) :]} == set(forward)
+        assert {dropped for _, dropped in drawn} == {6554}
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
-        results.append((list(forward), [logits.detach(), *gradients]))
+        results.append((forward, [logits.detach(), *gradients]))
     (first, ours), (again, same), (other, others) = results
     assert first == again
     assert not set(first) & set(other)
@@ -246,8 +293,23 @@ def test_a_model_drops_anew_at_each_site_and_step_and_the_same_from_the_same_see
     assert not torch.equal(ours[0], others[0])
 
 
+def test_compiled_layers_follow_when_dropout_changes_and_stay_one_graph(drawn):
+    """As from uptraining to fine-tuning, where torch.compile makes of the probability a variable."""
+    model, *_ = model_and_batch()
+    x, bias = torch.randn(2, 9, 64, requires_grad=True), torch.zeros(4, 17)
+    encoder, decoder = (torch.compile(stack.layers[0], fullgraph=True) for stack in (model.encoder, model.decoder))
+    for probability in (0.0, 0.1, 0.2, 0.1, 0.0):
+        model.set_dropout(probability)
+        drawn.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            encoded = encoder(x, bias, None)
+            (encoded.sum() + decoder(x, bias, encoded, None).sum()).backward()
+        assert {dropped for _, dropped in drawn} == {round(probability * NUMBERS)}
+        assert len(drawn) == (20 if probability else 10)
+
+
 def test_on_average_dropout_changes_little():
-    """The scale makes up for what is dropped, at every site: logits average to those without dropout, nearly."""
+    """The scale makes up for what is dropped: logits average to those without dropout, nearly."""
     model, *ids = model_and_batch()
     with torch.no_grad():
         dropped = torch.stack([logits_of(model, *ids).float() for _ in range(60)])

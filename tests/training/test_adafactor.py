@@ -11,6 +11,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from gqa_exp.errors import InputError
 from gqa_exp.model import native
+from gqa_exp.training import adafactor
 from gqa_exp.training.adafactor import Adafactor, load_named_slots, named_slots, pool_slots, rms
 
 
@@ -202,7 +203,28 @@ def test_the_kernel_steps_as_torchs_operations_do(rows, columns, threads, seed):
 
 
 @needs_kernels
-def test_the_kernel_sums_millions_of_squares_as_accurately_as_float64():
+def test_which_steps_are_the_kernels_and_that_autograd_knows_of_them(monkeypatch):
+    stepped_by_kernel, step = [], adafactor._step_by_kernel
+    monkeypatch.setattr(adafactor, "_step_by_kernel", lambda *a: stepped_by_kernel.append(a[0].shape) or step(*a))
+    grad = torch.randn(5, 8)
+    for dtype, gradient, threshold, expected in (
+        (torch.float32, grad, 4, True),
+        (torch.bfloat16, grad, 4, True),  # of a copy in float32
+        (torch.float32, torch.randn(8, 5).t(), 4, False),
+        (torch.float32, grad, 128, False),  # not factored
+        (torch.float32, grad.to("meta"), 4, False),
+    ):
+        param = torch.nn.Parameter(torch.ones(5, 8, dtype=dtype, device=gradient.device))
+        param.grad = gradient.to(dtype)
+        version = param._version
+        stepped_by_kernel.clear()
+        Adafactor([param], min_dim_size_to_factor=threshold).step()
+        assert len(stepped_by_kernel) == expected
+        assert param._version > version
+
+
+@needs_kernels
+def test_the_kernel_sums_millions_of_squares_accurately():
     generator = torch.Generator().manual_seed(0)
     grad = torch.rand(70_000, 24, generator=generator)
     grad[0] = 3000.0  # beside which a single running sum would lose the others

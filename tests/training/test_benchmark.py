@@ -2,6 +2,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from gqa_exp.model import T5Config
 from gqa_exp.timing.cli import read_model_config
@@ -56,6 +57,18 @@ def test_both_sides_train_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     theirs = sum(seconds["transformers eager"]) / 2
     peak = max(line["matmul_flops"], result["product_flops"] / result["product_seconds"])
     assert result["bound"] == pytest.approx(theirs / ((result["product_flops"] + result["attention_flops"]) / peak))
+
+
+def test_both_sides_drop_as_often_as_the_shape_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "can_compile", lambda accelerator: False)
+    geometry = T5Config.from_model_config(read_model_config("micro"))
+    ids = torch.randint(3, 100, (2, 9)), torch.randint(3, 100, (2, 5))
+    for name, trainee in benchmark.trainees(geometry, ids, 0.25, "float32", 0).items():
+        found = {module.p for module in trainee.model.modules() if isinstance(module, torch.nn.Dropout)}
+        found |= {
+            module.dropout for module in trainee.model.modules() if isinstance(getattr(module, "dropout", None), float)
+        }
+        assert found == {0.25}, name
 
 
 @pytest.mark.parametrize(
