@@ -1,7 +1,7 @@
-// A step of Adafactor for a matrix whose second moments are factored, in float32: see gqa_exp/training/adafactor.py,
-// which has the formulas. Each matrix is read from memory once, if its share of a thread fits the second cache, and
-// nothing of its size is written but the matrix itself. Each thread has its share of the sums: another number of threads
-// may change the last bits.
+// A step of Adafactor for a matrix whose second moments are factored, in float32; gqa_exp/training/adafactor.py has
+// the formulas. Each matrix is read from memory once, if its share of a thread fits the second cache, and nothing of
+// its size is written but the matrix itself. Each thread has its share of the sums: another number of threads may
+// change the last bits.
 //
 // Compiled by native.py for the processor it runs on.
 
@@ -30,11 +30,12 @@ double at_least(double x, double least) { return x < least ? least : x; }
 
 }  // namespace
 
-// Changes x, (rows, columns), by its gradient, and the means over columns (rows) and rows (columns) of the gradient's
-// squares. Numbers: the weight of what is new in these means; eps, added to the squares; the least root mean square of x;
-// the rate; the root mean square of the update from which on it is clipped. Returns whether memory was lacking.
-extern "C" int adafactor(float* x, const float* gradient, float* over_columns, float* over_rows, long rows, long columns,
-                         const float* numbers) try {
+// Changes x, (rows, columns), by its gradient, and the means over columns (rows) and over rows (columns) of the
+// squared gradient. Numbers: the weight of what is new in these means; eps, added to the squares; the least root mean
+// square of x; the rate; the root mean square of the update from which on it is clipped. Returns whether memory was
+// lacking.
+extern "C" int adafactor(float* x, const float* gradient, float* over_columns, float* over_rows, long rows,
+                         long columns, const float* numbers) try {
   const float weight = numbers[0], eps = numbers[1], least = numbers[2], rate = numbers[3], threshold = numbers[4];
   const double elements = static_cast<double>(rows) * static_cast<double>(columns);
   std::vector<Sums> sums(omp_get_max_threads());

@@ -25,7 +25,8 @@ class Dropout {
   // What is kept is multiplied by this, so that its mean stays.
   float scale() const { return on_ ? static_cast<float>(all) / static_cast<float>(all - dropped_) : 1; }
 
-  // A bit for each element of a block of 64, the first lowest. Counters are eight times the block, and seven that follow.
+  // A bit for each element of a block of 64, the first lowest. Its counters are the eight from eight times the block
+  // on.
   std::uint64_t kept(std::uint64_t block) const {
     if (!on_) return ~std::uint64_t{0};
     const __m512i each = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);

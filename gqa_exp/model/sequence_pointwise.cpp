@@ -25,8 +25,8 @@ inline __m512 sigmoid_of_twice_u(__m512 x, __m512 square) {
   return _mm512_div_ps(constant(1), _mm512_add_ps(constant(1), exponential(power)));
 }
 
-// Calls work(i, factors) for each 16 of n elements, which are those from i on: the factors are zero or dropout's scale, and
-// not a selection, so that what is no number shows.
+// Calls work(i, factors) for each 16 of n elements, those from i on. The factors are zero or dropout's scale, so that
+// what is no number shows though it is dropped.
 template <typename Work>
 void by_vectors(long n, const Dropout& dropout, Work work) {
   const float scale = dropout.scale();
