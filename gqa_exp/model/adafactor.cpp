@@ -52,17 +52,17 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
     for (long first = share.begin; first < share.end; first += kRows) {
       std::fill(some, some + columns, 0.0f);
       for (long i = first; i < std::min(share.end, first + kRows); ++i) {
-        const float *from = gradient + i * columns, *weights = x + i * columns;
-        float squares = 0, gradients = 0;
-#pragma omp simd reduction(+ : squares, gradients)
+        const float *from = gradient + i * columns, *values = x + i * columns;
+        float of_gradient = 0, of_weights = 0;
+#pragma omp simd reduction(+ : of_gradient, of_weights)
         for (long j = 0; j < columns; ++j) {
           const float square = from[j] * from[j];
           some[j] += square;
-          gradients += square;
-          squares += weights[j] * weights[j];
+          of_gradient += square;
+          of_weights += values[j] * values[j];
         }
-        mine.of_weights += squares;
-        advance(over_columns[i], gradients / columns + eps, weight);
+        mine.of_weights += of_weights;
+        advance(over_columns[i], of_gradient / columns + eps, weight);
       }
       for (long j = 0; j < columns; ++j) mine.of_column[j] += some[j];
     }
@@ -91,13 +91,13 @@ extern "C" int adafactor(float* x, const float* gradient, float* over_columns, f
 #pragma omp barrier
 #pragma omp single
     {
-      double squares = 0, updates = 0;
+      double weights = 0, updates = 0;
       for (const Sums& each : sums) {
-        squares += each.of_weights;
+        weights += each.of_weights;
         updates += each.of_updates;
       }
       const double clip = at_least(std::sqrt(updates / elements) / threshold, 1);
-      size = static_cast<float>(at_least(std::sqrt(squares / elements), least) * rate / clip);
+      size = static_cast<float>(at_least(std::sqrt(weights / elements), least) * rate / clip);
     }
     for (long i = share.begin; i < share.end; ++i) {
       const float *from = gradient + i * columns, factor = row_factor(i);

@@ -250,9 +250,13 @@ _gated_gelu.register_autograd(
 
 def serves_dropout(x: Tensor) -> bool:
     """Whether the kernel computes this `dropout`: where numbers are bfloat16, or come to be under autocast."""
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    typed = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and autocast)
+    typed = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _autocasts())
     return typed and x.device.type == "cpu" and native.has_bfloat16()
+
+
+def _autocasts() -> bool:
+    """Whether autocast makes bfloat16 of products' sides on a CPU."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
@@ -321,9 +325,9 @@ def serves_linear(x: Tensor, weight: Tensor) -> bool:
     kernels = native.has_bfloat16() and native.has_tiles() == native.multiplies_in_tiles()
     if not (on_cpu and torch.is_grad_enabled() and kernels):
         return False  # before sizes are looked at, on which a compiled graph would then depend
-    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     numbers = (torch.float32, torch.bfloat16)
-    typed = x.dtype in numbers and weight.dtype in numbers if autocast else x.dtype == weight.dtype == torch.bfloat16
+    alike = x.dtype == weight.dtype == torch.bfloat16
+    typed = x.dtype in numbers and weight.dtype in numbers if _autocasts() else alike
     fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and not any(size % PANEL for size in weight.shape)
     return typed and fits and PANEL * _threads() <= max(weight.shape) and math.prod(x.shape[:-1]) >= LEAST_ROWS
 

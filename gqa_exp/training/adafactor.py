@@ -256,12 +256,12 @@ def _step_by_kernel(value: Tensor, grad: Tensor, state: dict[str, Any], decay: f
     """
     library = native.library()
     assert library is not None
-    changed = (value, state["row"], state["col"])
+    row, col = state["row"], state["col"]
     numbers = (ctypes.c_float * 5)(1.0 - decay, *group["eps"], group["lr"], group["clip_threshold"])
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, *changed[1:]))
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (value, grad, row, col))
     if library.adafactor(*pointers, *(ctypes.c_long(size) for size in value.shape), numbers):
         raise MemoryError(f"no memory for sums over {tuple(value.shape)}")
-    increment_version(changed)  # autograd then refuses a backward pass that would need what was there before
+    increment_version((value, row, col))  # autograd then refuses a backward pass that would need what was there before
 
 
 def _owned(optimizer: Adafactor, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

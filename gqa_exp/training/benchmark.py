@@ -154,7 +154,7 @@ def trainees(
         found[f"transformers {form}"] = Trainee(theirs, _logits_of(theirs), batch, dtype, compiled)
     losses = {}
     for name, trainee in found.items():
-        trainee.model.train(not dropout)  # of which each draws its own
+        trainee.model.train(not dropout)  # each drops other elements, so such losses are compared without
         losses[name] = trainee.loss().item()
         trainee.model.train()
     if max(losses.values()) - min(losses.values()) > 0.02 * max(losses.values()):
