@@ -319,7 +319,7 @@ def _drawn(probability: float) -> tuple[Tensor | None, int]:
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes this `linear`: in training, with a block of a weight's gradient for each thread.
 
-    On processors with AMX, which torch's products use, it only computes a weight's gradient, and not without AMX.
+    Not on processors with AMX, which torch's products use, unless it uses that too.
     """
     on_cpu = x.device.type == weight.device.type == "cpu"
     kernels = native.has_bfloat16() and native.has_tiles() == native.multiplies_in_tiles()
@@ -344,7 +344,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not serves_linear(x, weight):
         return F.linear(x, weight)
-    y: Tensor = _linear(x.to(torch.bfloat16), weight)[0]
+    y: Tensor = _linear(x.to(torch.bfloat16), weight)
     return y
 
 
@@ -360,36 +360,23 @@ class Linear(nn.Linear):
 
 
 @torch.library.custom_op("gqa_exp::sequence_linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The product, and the weight as it was rounded for torch's; empty where it was not."""
-    y, rounded = _products(x, weight)
-    if native.multiplies_in_tiles():
-        factor = rounded.copy_(weight) if rounded.numel() else weight
-        torch.matmul(x, factor.T, out=y)  # not F.linear, which an autocast around would change
-    else:
-        _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
-    return y, rounded
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], len(weight)))
+    _call_linear(f"linear_outputs_{_name(weight)}", weight.shape, x, weight, _panels(weight), y)
+    return y
 
 
 @_linear.register_fake
-def _products(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    rounds = native.multiplies_in_tiles() and weight.dtype != torch.bfloat16
-    return x.new_empty((*x.shape[:-1], len(weight))), x.new_empty(weight.shape if rounds else 0)
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 @torch.library.custom_op("gqa_exp::sequence_linear_backward", mutates_args=())
-def _linear_backward(
-    x: Tensor, weight: Tensor, rounded: Tensor, d_y: Tensor, with_x: bool, with_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for.
-
-    `rounded` is what the forward pass returned beside the product.
-    """
+def _linear_backward(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in bfloat16, and of the weight, in float32; empty if not asked for."""
     d_x, d_weight = gradients = _gradients_of_linear(x, weight, with_x, with_weight)
     d_y = d_y.contiguous()
-    if with_x and native.multiplies_in_tiles():
-        torch.matmul(d_y, rounded if rounded.numel() else weight, out=d_x)
-    elif with_x:
+    if with_x:
         _call_linear(f"linear_input_gradient_{_name(weight)}", weight.shape, d_y, weight, _panels(weight), d_x)
     if with_weight:
         _call_linear("linear_weight_gradient", weight.shape, d_y, x, d_weight)
@@ -397,9 +384,7 @@ def _linear_backward(
 
 
 @_linear_backward.register_fake
-def _(
-    x: Tensor, weight: Tensor, rounded: Tensor, d_y: Tensor, with_x: bool, with_weight: bool
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, d_y: Tensor, with_x: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
     return _gradients_of_linear(x, weight, with_x, with_weight)
 
 
@@ -408,17 +393,14 @@ def _gradients_of_linear(x: Tensor, weight: Tensor, with_x: bool, with_weight: b
     return d_x, weight.new_empty(weight.shape if with_weight else 0, dtype=torch.float32)
 
 
-def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)  # of the rounded weight, which has none
+def _keep_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _linear_gradients(ctx: Any, d_y: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
-    if d_y is None:
-        return None, None
+def _linear_gradients(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     with_x, with_weight = ctx.needs_input_grad
-    x, weight, rounded = ctx.saved_tensors
-    d_x, d_weight = _linear_backward(x, weight, rounded, d_y, with_x, with_weight)
+    x, weight = ctx.saved_tensors
+    d_x, d_weight = _linear_backward(x, weight, d_y, with_x, with_weight)
     return d_x if with_x else None, d_weight.to(weight.dtype) if with_weight else None
 
 

@@ -43,9 +43,9 @@ void product(Left a, const Word* b, long line, long steps, float* c, long row, l
         const LeftTiles left{a.words + i * a.row, a.row, kTile, kTile * a.row};
         float* to = c + i * row + j;
         if (rows - i > kTile)
-          product_of_tiles<2, Add>(left, b + j, line, steps, to, row, [] {});
+          product_of_tiles<2>(left, b + j, line, steps, Add ? to : nullptr, row, to, row, [](long) {});
         else
-          product_of_tiles<1, Add>(left, b + j, line, steps, to, row, [] {});
+          product_of_tiles<1>(left, b + j, line, steps, Add ? to : nullptr, row, to, row, [](long) {});
       }
     return;
   }

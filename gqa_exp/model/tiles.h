@@ -57,19 +57,22 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
-// C = A B, or C += A B, for one or two tiles of rows and two of columns. Lines of B are `line` words apart, rows of C
-// `row` numbers; steps are a multiple of 16. Calls meanwhile() before each 16 of them.
-template <int Tall, bool Add, typename Meanwhile>
-inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, float* c, long row,
-                             Meanwhile meanwhile) {
-  const long a_bytes = a.row * 4, b_bytes = line * 4, c_bytes = row * 4;
+// C = A B, or S + A B where there are sums S, for one or two tiles of rows and two of columns. Lines of B are `line` words
+// apart, rows of S and C `from_row` and `row` numbers; steps are a multiple of 16.
+//
+// Calls between(step) after each product of two tiles, all steps / 8 or steps / 4 times, at equal distances from 0 on. On
+// a core that another thread shares, as it can in a virtual machine, products come faster for what is done between them.
+template <int Tall, typename Between>
+inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, const float* from, long from_row, float* c,
+                             long row, Between between) {
+  const long a_bytes = a.row * 4, b_bytes = line * 4, from_bytes = from_row * 4, c_bytes = row * 4;
   asm volatile("" : : : "memory");  // as in TileShapes::load
-  if constexpr (Add) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + kTile, c_bytes);
+  if (from) {
+    _tile_loadd(0, from, from_bytes);
+    _tile_loadd(1, from + kTile, from_bytes);
     if constexpr (Tall == 2) {
-      _tile_loadd(2, c + kTile * row, c_bytes);
-      _tile_loadd(3, c + kTile * row + kTile, c_bytes);
+      _tile_loadd(2, from + kTile * from_row, from_bytes);
+      _tile_loadd(3, from + kTile * from_row + kTile, from_bytes);
     }
   } else {
     _tile_zero(0);
@@ -79,17 +82,21 @@ inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, 
       _tile_zero(3);
     }
   }
+  constexpr long each = kTile / (2 * Tall);
   for (long p = 0; p < steps; p += kTile, a.words += a.step) {
-    meanwhile();
     _tile_loadd(4, a.words, a_bytes);
+    if constexpr (Tall == 2) _tile_loadd(5, a.words + a.below, a_bytes);
     _tile_loadd(6, b + p * line, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + p * line + kTile, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    between(p);
     _tile_dpbf16ps(1, 4, 7);
+    between(p + each);
     if constexpr (Tall == 2) {
-      _tile_loadd(5, a.words + a.below, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
+      between(p + 2 * each);
       _tile_dpbf16ps(3, 5, 7);
+      between(p + 3 * each);
     }
   }
   _tile_stored(0, c, c_bytes);
@@ -106,8 +113,8 @@ struct WholeTiles {
   WholeTiles() {}
 };
 
-template <int Tall, bool Add, typename Meanwhile>
-inline void product_of_tiles(LeftTiles, const Word*, long, long, float*, long, Meanwhile) {}  // never called
+template <int Tall, typename Between>
+inline void product_of_tiles(LeftTiles, const Word*, long, long, const float*, long, float*, long, Between) {}  // never called
 
 #endif
 

@@ -12,20 +12,19 @@ from gqa_exp.model import T5, T5Config, native, sequence
 
 pytestmark = pytest.mark.skipif(not native.has_bfloat16(), reason="no AVX-512 with bfloat16, or no compiler")
 CONFIG = T5Config(64, 64, 96, 4, 32, 1, 1, 2)
-WEIGHT_GRADIENT = "linear_weight_gradient"
-KERNELS = {"linear_outputs_float32", "linear_input_gradient_float32", WEIGHT_GRADIENT}
+KERNELS = {"linear_outputs_float32", "linear_input_gradient_float32", "linear_weight_gradient"}
 
 
 @pytest.fixture(autouse=True, params=["vectors", "tiles"])
-def kernels(request, monkeypatch):
-    """Those called on a processor without AMX, and on one with it; if this has none, vectors stand in for tiles."""
+def unit(request, monkeypatch):
+    """What multiplies, on a processor without AMX and on one with it; if this has none, vectors stand in for tiles."""
     tiles = request.param == "tiles"
     if native.use_tiles(tiles) != tiles and native.has_tiles():
         pytest.skip("AMX is there, but not granted")
     monkeypatch.setattr(native, "has_tiles", lambda: tiles)
     monkeypatch.setattr(native, "multiplies_in_tiles", lambda: tiles)
     monkeypatch.setattr(sequence, "MOST_SUMS_IN_TILES", 256 * 256)
-    yield {WEIGHT_GRADIENT} if tiles else KERNELS
+    yield
     native.use_tiles(True)
 
 
@@ -35,15 +34,10 @@ def serving(monkeypatch):
     monkeypatch.setattr(sequence, "LEAST_ROWS", 1)
 
 
-def gradients(x, weight, d_y, with_x, with_weight):
-    rounded = sequence._linear(x, weight)[1]
-    return sequence._linear_backward(x, weight, rounded, d_y, with_x, with_weight)
-
-
 def assert_is_the_formula(x, weight, d_y):
     """Results in bfloat16 are rounded once; sums, and with them a float32 weight's gradient, are float32's."""
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    y = sequence._linear(x, weight)[0]
+    y = sequence._linear(x, weight)
     y.backward(d_y)
     exact = [tensor.detach().bfloat16().double() for tensor in (x, weight, d_y)]
     expected = {"y": (exact[0] @ exact[1].T, exact[0].abs() @ exact[1].abs().T)}
@@ -72,6 +66,9 @@ def assert_is_the_formula(x, weight, d_y):
 @example(300, 16, 40, torch.bfloat16, 3, 0)
 @example(1, 1, 1, torch.float32, 5, 0)  # threads without work
 @example(300, 5, 3, torch.float32, 2, 0)  # blocks of an odd number of 16 outputs
+@example(31, 2, 2, torch.float32, 2, 0)  # one row too few for tiles, and one more than they take at a time
+@example(33, 1, 1, torch.float32, 2, 0)
+@example(70, 32, 20, torch.bfloat16, 2, 0)  # in tiles more panels than are taken at a time
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_and_their_gradients_are_the_formula(rows, outputs, inputs, dtype, threads, seed):
     torch.set_num_threads(threads)
@@ -86,7 +83,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append([sequence._linear(x, weight)[0], *gradients(x, weight, d_y, True, True)])
+        found.append([sequence._linear(x, weight), *sequence._linear_backward(x, weight, d_y, True, True)])
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):
             assert torch.equal(ours, first)
@@ -139,11 +136,11 @@ def test_only_the_gradient_that_is_needed(of):
     leaves = {"x": x.clone(), "weight": weight.clone()}
     leaves[of].requires_grad_()
     d_y = torch.randn(2, 9, 64).bfloat16()
-    sequence._linear(leaves["x"], leaves["weight"])[0].backward(d_y)
-    both = dict(zip(("x", "weight"), gradients(x, weight, d_y, True, True), strict=True))
+    sequence._linear(leaves["x"], leaves["weight"]).backward(d_y)
+    both = dict(zip(("x", "weight"), sequence._linear_backward(x, weight, d_y, True, True), strict=True))
     assert torch.equal(leaves.pop(of).grad, both[of])
     assert all(other.grad is None for other in leaves.values())
-    unneeded = gradients(x, weight, d_y, of == "x", of == "weight")
+    unneeded = sequence._linear_backward(x, weight, d_y, of == "x", of == "weight")
     assert sorted(tensor.numel() for tensor in unneeded) == [0, both[of].numel()]
 
 
@@ -155,7 +152,7 @@ def test_the_operations_keep_torchs_rules(dtype):
     torch.library.opcheck(sequence._linear, (x, weight), test_utils=checks)
     d_y = torch.randn(2, 5, 32).bfloat16()
     for needed in ((True, True), (True, False), (False, True)):
-        given = (x.detach(), weight.detach(), sequence._linear(x, weight)[1].detach(), d_y, *needed)
+        given = (x.detach(), weight.detach(), d_y, *needed)
         torch.library.opcheck(sequence._linear_backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -164,13 +161,13 @@ def test_what_is_no_number_shows(value):
     """Training looks for it in the loss."""
     x, weight = torch.randn(40, 32).bfloat16(), torch.randn(64, 32)
     x[7, 3] = value
-    y = sequence._linear(x, weight)[0]
+    y = sequence._linear(x, weight)
     assert not y[7].isfinite().any()
     assert y[torch.arange(40) != 7].isfinite().all()
-    d_weight = gradients(x, weight, torch.ones_like(y), True, True)[1]
+    d_weight = sequence._linear_backward(x, weight, torch.ones_like(y), True, True)[1]
     assert not d_weight[:, 3].isfinite().any()
     weight[5, 2] = value
-    assert not sequence._linear(x, weight)[0][:, 5].isfinite().any()
+    assert not sequence._linear(x, weight)[:, 5].isfinite().any()
 
 
 def test_no_memory_is_said_and_not_fatal():
@@ -216,16 +213,16 @@ def train(model, input_ids, labels):
 
 @pytest.mark.usefixtures("serving")
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_linear_layer_trains_by_it(calls, kernels, tied):
+def test_every_linear_layer_trains_by_it(calls, tied):
     torch.manual_seed(0)
     model = T5(T5Config(64, 64, 96, 4, 32, 1, 1, 2, tied_embeddings=tied)).train()
     ids = torch.randint(3, 60, (3, 21))
     train(model, ids, ids)
     linear = [name for name in calls if name.startswith("linear")]
     weights = 7 + 11 + 1  # encoder layer, decoder layer, output
-    for name in kernels:
+    for name in KERNELS:
         assert linear.count(name) == weights
-    assert len(linear) == len(kernels) * weights
+    assert len(linear) == len(KERNELS) * weights
     calls.clear()
     with torch.no_grad():
         model(ids, ids)
@@ -235,7 +232,7 @@ def test_every_linear_layer_trains_by_it(calls, kernels, tied):
 
 @pytest.mark.usefixtures("serving")
 @pytest.mark.parametrize(("compiled", "checkpointing"), [(False, False), (True, False), (False, True)])
-def test_training_by_it_follows_training_without(calls, kernels, monkeypatch, compiled, checkpointing):
+def test_training_by_it_follows_training_without(calls, monkeypatch, compiled, checkpointing):
     torch.manual_seed(0)
     model = T5(CONFIG).train()
     ids = torch.randint(3, 60, (3, 21))
@@ -247,14 +244,14 @@ def test_training_by_it_follows_training_without(calls, kernels, monkeypatch, co
         model.compile_layers()
     model.set_checkpointing(checkpointing)
     found = train(model, ids, ids)
-    assert set(calls) >= kernels
+    assert set(calls) >= KERNELS
     for name, gradient in found.items():
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.995, name
         assert 0.9 < gradient.norm() / expected[name].norm() < 1.1, name
 
 
 @pytest.mark.usefixtures("serving")
-def test_layers_compile_to_one_graph_each(calls, kernels):
+def test_layers_compile_to_one_graph_each(calls):
     """Each break of it costs a call of Python, and keeps what stands on both sides from being fused."""
     model = T5(CONFIG).train()
     x = torch.randn(2, 9, 64, requires_grad=True)
@@ -262,10 +259,10 @@ def test_layers_compile_to_one_graph_each(calls, kernels):
     with torch.autocast("cpu", torch.bfloat16):
         torch.compile(model.encoder.layers[0], fullgraph=True)(x, bias, None).sum().backward()
         torch.compile(model.decoder.layers[0], fullgraph=True)(x, bias, x, None).sum().backward()
-    assert set(calls) >= kernels
+    assert set(calls) >= KERNELS
 
 
-def test_compiled_layers_change_over_with_the_number_of_rows(calls, kernels):
+def test_compiled_layers_change_over_with_the_number_of_rows(calls):
     layer = sequence.Linear(64, 96)
     compiled = torch.compile(layer, dynamic=True, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -274,5 +271,5 @@ def test_compiled_layers_change_over_with_the_number_of_rows(calls, kernels):
             calls.clear()
             y = compiled(x)
             y.sum().backward()
-            assert set(calls) == (kernels - {"linear_input_gradient_float32"} if rows >= 256 else set())
+            assert set(calls) == (KERNELS - {"linear_input_gradient_float32"} if rows >= 256 else set())
             torch.testing.assert_close(y, F.linear(x, layer.weight), rtol=2**-7, atol=1e-3)
