@@ -171,11 +171,13 @@ constexpr long kTileRows = kTile, kTileInputs = 2 * kTile, kTileOutputs = kTile,
 constexpr long kTilesAhead = 4;  // that are fetched into the first cache
 constexpr long kFar = 1024;      // inputs ahead that are fetched into the second; 512 to 4096 measured the same
 
-// Fetches a tile into the first cache, and another into the second.
-inline void fetch(const BFloat16* soon, const BFloat16* later) {
-  for (long line = 0; line < kElements; line += kTileInputs) {
-    _mm_prefetch(soon + line, _MM_HINT_T0);
-    _mm_prefetch(later + line, _MM_HINT_T1);
+// Fetches rows of a tile into the first cache, and of another into the second.
+template <int Rows>
+inline void fetch(const BFloat16* soon, const BFloat16* later, int first) {
+#pragma GCC unroll 16
+  for (long line = first; line < first + Rows; ++line) {
+    _mm_prefetch(soon + line * kTileInputs, _MM_HINT_T0);
+    _mm_prefetch(later + line * kTileInputs, _MM_HINT_T1);
   }
 }
 
@@ -194,16 +196,22 @@ inline void multiply(const BFloat16* x, const BFloat16* w, long inputs, float* s
   }
   for (long k = 0; k < inputs; k += kTileInputs, x += Tiles * kElements, w += kElements, next += kElements) {
     const long ahead = far + (k + far < inputs ? 0 : inputs);  // past their end come those of the next block
-    for (const BFloat16* tile : {w, next}) fetch(tile + kTilesAhead * kElements, tile + ahead * kTileOutputs);
+    constexpr int part = kTileRows / Tiles;  // of a tile to fetch after each product
+    const BFloat16 *soon = w + kTilesAhead * kElements, *later = w + ahead * kTileOutputs;
+    const BFloat16 *next_soon = next + kTilesAhead * kElements, *next_later = next + ahead * kTileOutputs;
     _tile_loadd(4, x, kLine);
+    if constexpr (Tiles == 2) _tile_loadd(5, x + kElements, kLine);
     _tile_loadd(6, w, kLine);
-    _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, next, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    fetch<part>(soon, later, 0);
     _tile_dpbf16ps(1, 4, 7);
+    fetch<part>(next_soon, next_later, 0);
     if constexpr (Tiles == 2) {
-      _tile_loadd(5, x + kElements, kLine);
       _tile_dpbf16ps(2, 5, 6);
+      fetch<part>(soon, later, part);
       _tile_dpbf16ps(3, 5, 7);
+      fetch<part>(next_soon, next_later, part);
     }
   }
   _tile_stored(0, sums, 2 * kLine);

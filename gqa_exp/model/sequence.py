@@ -328,7 +328,8 @@ def serves_linear(x: Tensor, weight: Tensor) -> bool:
     numbers = (torch.float32, torch.bfloat16)
     alike = x.dtype == weight.dtype == torch.bfloat16
     typed = x.dtype in numbers and weight.dtype in numbers if _autocasts() else alike
-    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and not any(size % PANEL for size in weight.shape)
+    whole = all(size and size % PANEL == 0 for size in weight.shape)
+    fits = weight.dim() == 2 and x.shape[-1] == weight.shape[1] and whole
     return typed and fits and PANEL * _threads() <= max(weight.shape) and math.prod(x.shape[:-1]) >= LEAST_ROWS
 
 

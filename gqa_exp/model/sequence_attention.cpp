@@ -42,10 +42,7 @@ void product(Left a, const Word* b, long line, long steps, float* c, long row, l
       for (long i = 0; i < rows; i += 2 * kTile) {
         const LeftTiles left{a.words + i * a.row, a.row, kTile, kTile * a.row};
         float* to = c + i * row + j;
-        if (rows - i > kTile)
-          product_of_tiles<2>(left, b + j, line, steps, Add ? to : nullptr, row, to, row, [](long) {});
-        else
-          product_of_tiles<1>(left, b + j, line, steps, Add ? to : nullptr, row, to, row, [](long) {});
+        product_of_tiles(rows - i, left, b + j, line, steps, {Add ? to : nullptr, row}, {to, row}, [](long) {});
       }
     return;
   }

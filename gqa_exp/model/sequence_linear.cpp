@@ -7,7 +7,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "products.h"
 
@@ -16,6 +15,7 @@ namespace {
 constexpr int kRows = 14;                 // of a product's left side at a time: 28 of 32 registers hold sums
 constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do, half of the second cache
 constexpr long kTilePanelBytes = 1024 * 1024;  // the same where tiles multiply: processors that do have twice as much
+constexpr long kTilePart = 512;                // pairs that are summed there before the next are laid beside them
 constexpr long kRowBytes = 128 * 1024;    // of rows that meet all of these before the next do
 constexpr long kChunk = 192;              // rows whose products are summed before a weight's gradient takes them up
 constexpr long kTileChunk = 256;          // rows laid out at a time in tiles, where sums go on from those before
@@ -97,94 +97,6 @@ class Spread {
   long each_, scale_;  // lines of a tile; 65536 times lines of a step
 };
 
-// Y = X W for rows of X, each thread some of them. By all threads together.
-//
-// Some panels at a time meet all rows, and some rows at a time all of these panels: both stay in the second cache.
-void multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
-  const long pairs = inner / 2, row_bytes = inner * static_cast<long>(sizeof(BFloat16));
-  const long block = std::max(1L, kRowBytes / row_bytes / kRows) * kRows;
-  const long group = std::max(1L, kPanelBytes / row_bytes / kColumns) * kColumns;
-  const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  const long share = up((rows + threads - 1) / threads, kRows), end = std::min(rows, (thread + 1) * share);
-  for (long from_column = 0; from_column < columns; from_column += group)
-    for (long first = thread * share; first < end; first += block) {
-      const long end_column = std::min(columns, from_column + group), taken = std::min(block, end - first);
-      const long tiles = (end_column - from_column) / kColumns * ((taken + kRows - 1) / kRows);
-      const Spread ahead(x + (first + taken) * inner, std::min(block, end - first - taken) * row_bytes, tiles, pairs);
-      long tile = 0;
-      for (long j = from_column; j < end_column; j += kColumns)
-        in_parts(taken, [&, j](long i, long count) {
-          const Word* left = reinterpret_cast<const Word*>(x + (first + i) * inner);
-          BFloat16* to = y + (first + i) * columns + j;
-          const auto store = [=](int row, int half, __m512 sums) { narrow(to + row * columns + 16 * half, sums); };
-          some_rows(count, {left, pairs, 1}, panels + j * pairs, kColumns, pairs, store, ahead.fetch(tile++));
-        });
-    }
-}
-
-// ---- the same in tiles
-
-constexpr long kTall = 2 * kTile;  // rows of a product
-
-// Fetches the lines that four pairs of 32 columns take into the first cache.
-inline void fetch_pairs(const Word* at) {
-  const char* line = reinterpret_cast<const char*>(at);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) _mm_prefetch(line + i * kLine, _MM_HINT_T0);
-}
-
-// Writes 32 columns of sums, whose rows follow each other, as bfloat16, a few rows at a time.
-struct Rounding {
-  const float* from = nullptr;
-  BFloat16* to = nullptr;
-  long row = 0, left = 0;  // elements from one row to the next; rows
-
-  void some(long rows) {
-    for (; rows > 0 && left > 0; --rows, --left, from += kColumns, to += row)
-      _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from)));
-  }
-};
-
-// As multiply, for 32 rows and more. 32 at a time, which stay in the first cache, meet some panels, which stay in the
-// second. Between products of tiles what they need next is fetched, and the sums of the last 32 columns are rounded.
-void multiply_in_tiles(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
-  const long pairs = inner / 2, row_bytes = inner * static_cast<long>(sizeof(BFloat16));
-  const long group = std::max(1L, kTilePanelBytes / row_bytes / kColumns) * kColumns;
-  const long each = (kTall * 4 + pairs - 1) / pairs;  // rows to round between two products of tiles, pairs / 4 in all
-  const Share blocks((rows + kTall - 1) / kTall);
-  const WholeTiles tiles;
-  alignas(kLine) float sums[2][kTall * kColumns];
-  Rounding rounding;
-  int turn = 0;
-  for (long from_column = 0; from_column < columns; from_column += group)
-    for (long first = blocks.begin * kTall; first < std::min(rows, blocks.end * kTall); first += kTall) {
-      // The last rows, if they are fewer, are taken with some before them, of which nothing is written.
-      const long known = std::max(0L, first + kTall - rows), end_column = std::min(columns, from_column + group);
-      const Word* left = reinterpret_cast<const Word*>(x + (first - known) * inner);
-      const Spread ahead(x + (first + kTall) * inner, kTall * row_bytes, (end_column - from_column) / kColumns, pairs);
-      for (long j = from_column; j < end_column; j += kColumns) {
-        const Word* panel = panels + j * pairs;
-        const Rounding next{sums[turn] + known * kColumns, y + first * columns + j, columns, kTall - known};
-        const auto between = [&, fetch = ahead.fetch((j - from_column) / kColumns)](long step) {
-          fetch_pairs(panel + (step + kTile) * kColumns);
-          fetch(step);
-          for (long i = step / 4 * each; i < std::min(next.left, (step / 4 + 1) * each); ++i)
-            __builtin_prefetch(next.to + i * columns, 1);
-          rounding.some(each);
-        };
-        product_of_tiles<2>({left, pairs, kTile, kTile * pairs}, panel, kColumns, pairs, nullptr, 0, sums[turn], kColumns,
-                            between);
-        rounding = next;
-        turn = 1 - turn;
-      }
-    }
-  rounding.some(kTall);
-}
-
-auto chosen(long rows) { return in_tiles && rows >= kTall ? multiply_in_tiles : multiply; }
-
-// ---- gradients of weights
-
 // A block of columns of a matrix of some rows.
 struct Columns {
   const BFloat16* x;
@@ -204,6 +116,130 @@ struct Columns {
       for (long k = 0; k < columns; k += 16) _mm512_store_si512(out + k, pairs_at(s, from + k));
   }
 };
+
+// Fetches some rows from memory, line by line, evenly over a number of calls.
+class EvenlyAhead {
+ public:
+  EvenlyAhead(Columns x, long start, long end, long calls)
+      : at_(reinterpret_cast<const char*>(x.at(start))),
+        each_row_(x.lines()),
+        skipped_(x.row * static_cast<long>(sizeof(BFloat16)) - each_row_ * kLine),
+        of_row_(each_row_),
+        lines_((end - start) * each_row_),
+        calls_(calls) {}
+  void operator()() {
+    for (due_ += lines_; due_ >= calls_; due_ -= calls_) {
+      _mm_prefetch(at_, _MM_HINT_T1);
+      at_ += kLine;
+      if (!--of_row_) {
+        at_ += skipped_;
+        of_row_ = each_row_;
+      }
+    }
+  }
+
+ private:
+  const char* at_;
+  long each_row_, skipped_, of_row_, lines_, calls_, due_ = 0;
+};
+
+constexpr long kTall = 2 * kTile;  // rows of a product in tiles
+
+// Fetches what two tiles take of as many words as there are steps from one pause to the next.
+inline void fetch_pause(const Word* at) {
+  const char* line = reinterpret_cast<const char*>(at);
+#pragma GCC unroll 8
+  for (long i = 0; i < 2 * kPace; ++i) _mm_prefetch(line + i * kLine, _MM_HINT_T0);
+}
+
+// Writes 32 columns of sums, whose rows follow each other, as bfloat16, a few rows at a time.
+struct Rounding {
+  const float* from = nullptr;
+  Numbers<BFloat16> to = {};
+  long left = 0;  // rows
+
+  void some(long rows) {
+    for (; rows > 0 && left > 0; --rows, --left, from += kColumns, to.at += to.row)
+      _mm512_storeu_si512(to.at, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from)));
+  }
+};
+
+// As multiply, for 32 rows and more. Returns whether there was memory for it.
+//
+// 32 at a time meet some panels, which stay in the second cache. Many inputs are summed in parts. In pauses between
+// products of tiles what comes next is fetched, and the sums of the last 32 columns are rounded, all before others are
+// stored in their place.
+bool multiply_in_tiles(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
+  constexpr long block = kTall * kColumns;
+  const long pairs = inner / 2, part = std::min(pairs, kTilePart), width = columns / kColumns;
+  const long group = std::max(1L, kTilePanelBytes / (part * kColumns * static_cast<long>(sizeof(Word)))) * kColumns;
+  const Share share((rows + kTall - 1) / kTall);
+  const long begin = share.begin * kTall, end = std::min(rows, share.end * kTall);
+  float* kept = scratch<float>(part < pairs ? (share.end - share.begin) * width * block : 1);  // sums of parts
+  if (!kept) return false;
+  const WholeTiles tiles;
+  alignas(kLine) float sums[block];
+  Rounding rounding;
+  for (long p = 0; p < pairs; p += part)
+    for (long from_column = 0; from_column < columns; from_column += group)
+      for (long first = begin; first < end; first += kTall) {
+        // The last rows, if they are fewer, are taken with some before them, of which nothing is written.
+        const long known = std::max(0L, first + kTall - rows), end_column = std::min(columns, from_column + group);
+        const long steps = std::min(part, pairs - p), pauses = steps / kPace, each = (kTall + pauses - 1) / pauses;
+        const bool last = p + steps == pairs;
+        const Word* left = reinterpret_cast<const Word*>(x + (first - known) * inner) + p;
+        const long start = first + kTall < end ? first + kTall : begin;
+        EvenlyAhead ahead({x, rows, inner, 2 * p, 2 * steps}, start, std::min(end, start + kTall),
+                          (end_column - from_column) / kColumns * pauses);
+        for (long j = from_column; j < end_column; j += kColumns) {
+          const Word* panel = panels + j * pairs + p * kColumns;
+          float* at = kept + ((first - begin) / kTall * width + j / kColumns) * block;
+          const Rounding next{sums + known * kColumns, {y + first * columns + j, columns}, last ? kTall - known : 0};
+          long row = 0;  // to be written after this product
+          product_of_tiles(kTall, {left, pairs, kTile, kTile * pairs}, panel, kColumns, steps, {p ? at : nullptr, kColumns},
+                           {last ? sums : at, kColumns}, [&](long step) {
+                             fetch_pause(panel + (step + kTile) * kColumns);
+                             ahead();
+                             for (long i = 0; i < each && row < next.left; ++i, ++row)
+                               __builtin_prefetch(next.to.at + row * columns, 1);
+                             rounding.some(each);
+                           });
+          rounding = next;
+        }
+      }
+  rounding.some(kTall);
+  return true;
+}
+
+// Y = X W for rows of X, each thread some of them. By all threads together.
+//
+// Some panels at a time meet all rows, and some rows at a time all of these panels: both stay in the second cache.
+// Returns whether there was memory for it.
+bool multiply(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
+  if (in_tiles && rows >= kTall) return multiply_in_tiles(x, panels, y, rows, inner, columns);
+  const long pairs = inner / 2, row_bytes = inner * static_cast<long>(sizeof(BFloat16));
+  const long block = std::max(1L, kRowBytes / row_bytes / kRows) * kRows;
+  const long group = std::max(1L, kPanelBytes / row_bytes / kColumns) * kColumns;
+  const long threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const long share = up((rows + threads - 1) / threads, kRows), end = std::min(rows, (thread + 1) * share);
+  for (long from_column = 0; from_column < columns; from_column += group)
+    for (long first = thread * share; first < end; first += block) {
+      const long end_column = std::min(columns, from_column + group), taken = std::min(block, end - first);
+      const long tiles = (end_column - from_column) / kColumns * ((taken + kRows - 1) / kRows);
+      const Spread ahead(x + (first + taken) * inner, std::min(block, end - first - taken) * row_bytes, tiles, pairs);
+      long tile = 0;
+      for (long j = from_column; j < end_column; j += kColumns)
+        in_parts(taken, [&, j](long i, long count) {
+          const Word* left = reinterpret_cast<const Word*>(x + (first + i) * inner);
+          BFloat16* to = y + (first + i) * columns + j;
+          const auto store = [=](int row, int half, __m512 sums) { narrow(to + row * columns + 16 * half, sums); };
+          some_rows(count, {left, pairs, 1}, panels + j * pairs, kColumns, pairs, store, ahead.fetch(tile++));
+        });
+    }
+  return true;
+}
+
+// ---- gradients of weights
 
 // Fetches rows from memory while others are multiplied: at each call for a tile, one line of every second row, spread
 // over all tiles; what lies behind the last row is fetched in vain. Gradients are 4 to 17 % faster by it.
@@ -228,37 +264,13 @@ class Ahead {
   long start_, needed_, every_, tile_ = 0;
 };
 
-// The same for tiles, whose products are too few for that: line by line, evenly over a number of calls.
-class EvenlyAhead {
- public:
-  EvenlyAhead(Columns d, Columns x, long start, long end, long calls)
-      : d_(d), x_(x), row_(start), end_(end), each_(((end - start) * lines() + calls - 1) / std::max(1L, calls)) {}
-  void operator()() {
-    for (long i = 0; i < each_ && row_ < end_; ++i) {
-      const bool of_d = line_ < d_.lines();
-      const BFloat16* from = of_d ? d_.at(row_) : x_.at(row_);
-      _mm_prefetch(reinterpret_cast<const char*>(from) + (of_d ? line_ : line_ - d_.lines()) * kLine, _MM_HINT_T1);
-      if (++line_ == lines()) {
-        line_ = 0;
-        ++row_;
-      }
-    }
-  }
-
- private:
-  long lines() const { return d_.lines() + x_.lines(); }
-
-  Columns d_, x_;
-  long row_, end_, line_ = 0, each_;
-};
-
 // As sum_outer, in tiles. Sums are kept block by block until the last rows are added: rows of the gradient lie in steps
 // of which many share a set of the first cache.
 bool sum_outer_in_tiles(Columns d, Columns x, float* sums, long row) {
   constexpr long pairs = kTileChunk / 2, block = kTall * kColumns;
   const long height = up(d.count, kTall), products = height / kTall * (x.count / kColumns);
   Word* left = scratch<Word>(pairs * (height + kColumns));  // (height / 32, pairs / 16, 2 tiles)
-  float* kept = scratch<float>((products + 1) * block);     // (x.count / 32, height / 32, 32, 32), and one to fetch in vain
+  float* kept = scratch<float>((products + 1) * block);     // (x.count / 32, height / 32, 32, 32), and one: not none
   if (!left || !kept) return false;
   Word* right = left + pairs * height;
   const WholeTiles tiles;
@@ -272,28 +284,24 @@ bool sum_outer_in_tiles(Columns d, Columns x, float* sums, long row) {
         Word* tile = left + i / kTall * kTall * steps + p * kTall + i % kTall / kTile * kTileWords;
         for (long n = 0; n < kTile; ++n) _mm512_store_si512(tile + n * kTile, to[n]);
       }
-    EvenlyAhead ahead(d, x, end, std::min(x.rows, end + kTileChunk), products * steps / 4);
+    const long next_end = std::min(x.rows, end + kTileChunk), pauses = products * steps / kPace;
+    EvenlyAhead next_d(d, end, next_end, pauses), next_x(x, end, next_end, pauses);
     const bool last = end == x.rows;
     float* at = kept;
     for (long j = 0; j < x.count; j += kColumns) {
       x.pair_up(start, start + 2 * steps, j, kColumns, right, kColumns);
       for (long i = 0; i < d.count; i += kTall, at += block) {
         const Word* panel = left + i * steps;
-        const auto between = [&, next = reinterpret_cast<const char*>(at + block)](long step) {
-          fetch_pairs(panel + (step + 2 * kTile) * kTall);
-          _mm_prefetch(next + step / 2 * kLine, _MM_HINT_T0);
-          _mm_prefetch(next + (step / 2 + 1) * kLine, _MM_HINT_T0);
-          ahead();
-        };
-        const auto add = [&](auto tall) {
-          product_of_tiles<tall()>({panel, kTile, 2 * kTileWords, kTileWords}, right, kColumns, steps,
-                                   start ? at : nullptr, kColumns, last ? sums + i * row + j : at, last ? row : kColumns,
-                                   between);
-        };
-        if (d.count - i > kTile)
-          add(std::integral_constant<int, 2>());
-        else
-          add(std::integral_constant<int, 1>());
+        const auto before = Numbers<const float>{start ? at : nullptr, kColumns};
+        const auto after = last ? Numbers<float>{sums + i * row + j, row} : Numbers<float>{at, kColumns};
+        product_of_tiles(d.count - i, {panel, kTile, 2 * kTileWords, kTileWords}, right, kColumns, steps, before, after,
+                         [&, next = reinterpret_cast<const char*>(at + block)](long step) {
+                           fetch_pause(panel + (step + 2 * kTile) * kTall);
+                           for (long line = 0; line < 2; ++line)  // of a block's 64, in 32 pauses
+                             _mm_prefetch(next + (step / 2 + line) * kLine, _MM_HINT_T0);
+                           next_d();
+                           next_x();
+                         });
       }
     }
   }
@@ -327,26 +335,35 @@ bool sum_outer(Columns d, Columns x, float* sums, long row) {
   return true;
 }
 
+// Whether work() failed in any thread.
+template <typename Work>
+bool by_all_threads(Work work) {
+  bool failed = false;
+#pragma omp parallel
+  if (!work())
+#pragma omp atomic write
+    failed = true;
+  return failed;
+}
+
 }  // namespace
 
 // Y = X W^T and dX = dY W; the weight W is (outputs, inputs), and `panels` room for as many bfloat16, at the start of
-// a cache line. Sizes: rows, outputs, inputs. Both return 0.
+// a cache line. Sizes: rows, outputs, inputs. Both return whether memory was lacking.
 #define EXPORT(name, Weight)                                                                               \
   extern "C" int linear_outputs_##name(const BFloat16* x, const Weight* weight, Word* panels, BFloat16* y, \
                                        const long* n) {                                                    \
-    _Pragma("omp parallel") {                                                                              \
+    return by_all_threads([=] {                                                                            \
       lay_out_outputs(weight, n[1], n[2], panels);                                                         \
-      chosen(n[0])(x, panels, y, n[0], n[2], n[1]);                                                        \
-    }                                                                                                      \
-    return 0;                                                                                              \
+      return multiply(x, panels, y, n[0], n[2], n[1]);                                                     \
+    });                                                                                                    \
   }                                                                                                        \
   extern "C" int linear_input_gradient_##name(const BFloat16* d_y, const Weight* weight, Word* panels,     \
                                               BFloat16* d_x, const long* n) {                              \
-    _Pragma("omp parallel") {                                                                              \
+    return by_all_threads([=] {                                                                            \
       lay_out_inputs(weight, n[1], n[2], panels);                                                          \
-      chosen(n[0])(d_y, panels, d_x, n[0], n[1], n[2]);                                                    \
-    }                                                                                                      \
-    return 0;                                                                                              \
+      return multiply(d_y, panels, d_x, n[0], n[1], n[2]);                                                 \
+    });                                                                                                    \
   }
 EXPORT(float32, float)
 EXPORT(bfloat16, BFloat16)

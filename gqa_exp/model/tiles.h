@@ -24,6 +24,15 @@ struct LeftTiles {
   long row, step, below;
 };
 
+// Numbers of which each row is `row` after the last.
+template <typename Number>
+struct Numbers {
+  Number* at;
+  long row;
+};
+
+constexpr long kPace = 4;  // steps from one pause between products to the next
+
 #ifdef __AMX_BF16__
 
 struct alignas(kLine) TileShapes {
@@ -57,22 +66,17 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
-// C = A B, or S + A B where there are sums S, for one or two tiles of rows and two of columns. Lines of B are `line` words
-// apart, rows of S and C `from_row` and `row` numbers; steps are a multiple of 16.
-//
-// Calls between(step) after each product of two tiles, all steps / 8 or steps / 4 times, at equal distances from 0 on. On
-// a core that another thread shares, as it can in a virtual machine, products come faster for what is done between them.
 template <int Tall, typename Between>
-inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, const float* from, long from_row, float* c,
-                             long row, Between between) {
-  const long a_bytes = a.row * 4, b_bytes = line * 4, from_bytes = from_row * 4, c_bytes = row * 4;
+inline void product_of_rows(LeftTiles a, const Word* b, long line, long steps, Numbers<const float> sums, Numbers<float> c,
+                            Between between) {
+  const long a_bytes = a.row * 4, b_bytes = line * 4, sums_bytes = sums.row * 4, c_bytes = c.row * 4;
   asm volatile("" : : : "memory");  // as in TileShapes::load
-  if (from) {
-    _tile_loadd(0, from, from_bytes);
-    _tile_loadd(1, from + kTile, from_bytes);
+  if (sums.at) {
+    _tile_loadd(0, sums.at, sums_bytes);
+    _tile_loadd(1, sums.at + kTile, sums_bytes);
     if constexpr (Tall == 2) {
-      _tile_loadd(2, from + kTile * from_row, from_bytes);
-      _tile_loadd(3, from + kTile * from_row + kTile, from_bytes);
+      _tile_loadd(2, sums.at + kTile * sums.row, sums_bytes);
+      _tile_loadd(3, sums.at + kTile * sums.row + kTile, sums_bytes);
     }
   } else {
     _tile_zero(0);
@@ -82,7 +86,6 @@ inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, 
       _tile_zero(3);
     }
   }
-  constexpr long each = kTile / (2 * Tall);
   for (long p = 0; p < steps; p += kTile, a.words += a.step) {
     _tile_loadd(4, a.words, a_bytes);
     if constexpr (Tall == 2) _tile_loadd(5, a.words + a.below, a_bytes);
@@ -90,21 +93,34 @@ inline void product_of_tiles(LeftTiles a, const Word* b, long line, long steps, 
     _tile_loadd(7, b + p * line + kTile, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
     between(p);
+    if constexpr (Tall == 2) _tile_dpbf16ps(2, 5, 6);
+    between(p + kPace);
     _tile_dpbf16ps(1, 4, 7);
-    between(p + each);
-    if constexpr (Tall == 2) {
-      _tile_dpbf16ps(2, 5, 6);
-      between(p + 2 * each);
-      _tile_dpbf16ps(3, 5, 7);
-      between(p + 3 * each);
-    }
+    between(p + 2 * kPace);
+    if constexpr (Tall == 2) _tile_dpbf16ps(3, 5, 7);
+    between(p + 3 * kPace);
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + kTile, c_bytes);
+  _tile_stored(0, c.at, c_bytes);
+  _tile_stored(1, c.at + kTile, c_bytes);
   if constexpr (Tall == 2) {
-    _tile_stored(2, c + kTile * row, c_bytes);
-    _tile_stored(3, c + kTile * row + kTile, c_bytes);
+    _tile_stored(2, c.at + kTile * c.row, c_bytes);
+    _tile_stored(3, c.at + kTile * c.row + kTile, c_bytes);
   }
+}
+
+// C = S + A B, or A B without sums S, for one or two tiles of rows and two of columns. Lines of B are `line` words apart,
+// steps are a multiple of 16. What there are of rows beyond 32 is left.
+//
+// Calls between(step) at every fourth step, between products of tiles: where another thread works on the same core, as it
+// may in a virtual machine, they come sooner with other instructions between them (by 1.1, and with fetches of what comes
+// next by 1.3).
+template <typename Between>
+inline void product_of_tiles(long rows, LeftTiles a, const Word* b, long line, long steps, Numbers<const float> sums,
+                             Numbers<float> c, Between between) {
+  if (rows > kTile)
+    product_of_rows<2>(a, b, line, steps, sums, c, between);
+  else
+    product_of_rows<1>(a, b, line, steps, sums, c, between);
 }
 
 #else
@@ -113,8 +129,9 @@ struct WholeTiles {
   WholeTiles() {}
 };
 
-template <int Tall, typename Between>
-inline void product_of_tiles(LeftTiles, const Word*, long, long, const float*, long, float*, long, Between) {}  // never called
+template <typename Between>
+inline void product_of_tiles(long, LeftTiles, const Word*, long, long, Numbers<const float>, Numbers<float>, Between) {
+}  // never called
 
 #endif
 

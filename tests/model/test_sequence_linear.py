@@ -68,6 +68,8 @@ def assert_is_the_formula(x, weight, d_y):
 @example(300, 5, 3, torch.float32, 2, 0)  # blocks of an odd number of 16 outputs
 @example(31, 2, 2, torch.float32, 2, 0)  # one row too few for tiles, and one more than they take at a time
 @example(33, 1, 1, torch.float32, 2, 0)
+@example(40, 1, 1, torch.float32, 5, 0)  # threads without a row in tiles
+@example(513, 5, 3, torch.float32, 2, 0)  # the odd 16 outputs in a chunk that is neither the first nor the last
 @example(70, 32, 20, torch.bfloat16, 2, 0)  # in tiles more panels than are taken at a time
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_and_their_gradients_are_the_formula(rows, outputs, inputs, dtype, threads, seed):
@@ -87,6 +89,20 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):
             assert torch.equal(ours, first)
+
+
+@pytest.mark.skipif(not native.has_tiles(), reason="no AMX")
+def test_tiles_multiply_where_they_are_asked_to():
+    """They sum in another order than vectors, which some results show."""
+    torch.manual_seed(0)
+    x, d_y, weight = torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16(), torch.randn(512, 512)
+    found = []
+    for tiles in (False, True):
+        native.use_tiles(tiles)
+        found.append((sequence._linear(x, weight), *sequence._linear_backward(x, weight, d_y, True, True)))
+    for by_vectors, by_tiles in zip(*found, strict=True):
+        assert not torch.equal(by_vectors, by_tiles)
+        torch.testing.assert_close(by_vectors, by_tiles, rtol=2**-7, atol=1e-3)
 
 
 def test_tensors_in_any_layout_and_no_rows_at_all():
@@ -132,10 +148,10 @@ def test_shapes_that_do_not_fit_are_refused_as_torch_does():
 @pytest.mark.parametrize("of", ["x", "weight"])
 def test_only_the_gradient_that_is_needed(of):
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 9, 32).bfloat16(), torch.randn(64, 32)
+    x, weight = torch.randn(2, 19, 32).bfloat16(), torch.randn(64, 32)
     leaves = {"x": x.clone(), "weight": weight.clone()}
     leaves[of].requires_grad_()
-    d_y = torch.randn(2, 9, 64).bfloat16()
+    d_y = torch.randn(2, 19, 64).bfloat16()
     sequence._linear(leaves["x"], leaves["weight"]).backward(d_y)
     both = dict(zip(("x", "weight"), sequence._linear_backward(x, weight, d_y, True, True), strict=True))
     assert torch.equal(leaves.pop(of).grad, both[of])
@@ -147,10 +163,10 @@ def test_only_the_gradient_that_is_needed(of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operations_keep_torchs_rules(dtype):
     """What torch.compile and autograd rely on: strides and types of results as promised, nothing written elsewhere."""
-    x, weight = torch.randn(2, 5, 64).bfloat16().requires_grad_(), torch.randn(32, 64, dtype=dtype).requires_grad_()
+    x, weight = torch.randn(2, 17, 64).bfloat16().requires_grad_(), torch.randn(32, 64, dtype=dtype).requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(sequence._linear, (x, weight), test_utils=checks)
-    d_y = torch.randn(2, 5, 32).bfloat16()
+    d_y = torch.randn(2, 17, 32).bfloat16()
     for needed in ((True, True), (True, False), (False, True)):
         given = (x.detach(), weight.detach(), d_y, *needed)
         torch.library.opcheck(sequence._linear_backward, given, test_utils=("test_schema", "test_faketensor"))
@@ -166,6 +182,11 @@ def test_what_is_no_number_shows(value):
     assert y[torch.arange(40) != 7].isfinite().all()
     d_weight = sequence._linear_backward(x, weight, torch.ones_like(y), True, True)[1]
     assert not d_weight[:, 3].isfinite().any()
+    d_y = torch.ones_like(y)
+    d_y[9, 4] = value
+    d_x = sequence._linear_backward(x, weight, d_y, True, True)[0]
+    assert not d_x[9].isfinite().any()
+    assert d_x[torch.arange(40) != 9].isfinite().all()
     weight[5, 2] = value
     assert not sequence._linear(x, weight)[:, 5].isfinite().any()
 
@@ -187,6 +208,7 @@ def test_what_the_kernel_serves(monkeypatch):
         assert not sequence.serves_linear(x, weight[:95])
         assert not sequence.serves_linear(x.to("meta"), weight.to("meta"))
         assert not sequence.serves_linear(x[..., :63], weight[:, :63])
+        assert not sequence.serves_linear(x[..., :0], weight[:, :0])
         with torch.no_grad():
             assert not sequence.serves_linear(x, weight)
         torch.set_num_threads(4)  # for three blocks of the gradient
