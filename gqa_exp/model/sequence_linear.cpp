@@ -175,8 +175,8 @@ bool multiply_in_tiles(const BFloat16* x, const Word* panels, BFloat16* y, long 
   const long group = std::max(1L, kTilePanelBytes / (part * kColumns * static_cast<long>(sizeof(Word)))) * kColumns;
   const Share share((rows + kTall - 1) / kTall);
   const long begin = share.begin * kTall, end = std::min(rows, share.end * kTall);
-  float* kept = scratch<float>(part < pairs ? (share.end - share.begin) * width * block : 1);  // sums of parts
-  if (!kept) return false;
+  float* kept = nullptr;  // sums of parts, (rows / 32, columns / 32, 32, 32)
+  if (part < pairs && begin < end && !(kept = scratch<float>((share.end - share.begin) * width * block))) return false;
   const WholeTiles tiles;
   alignas(kLine) float sums[block];
   Rounding rounding;
@@ -270,8 +270,8 @@ bool sum_outer_in_tiles(Columns d, Columns x, float* sums, long row) {
   constexpr long pairs = kTileChunk / 2, block = kTall * kColumns;
   const long height = up(d.count, kTall), products = height / kTall * (x.count / kColumns);
   Word* left = scratch<Word>(pairs * (height + kColumns));  // (height / 32, pairs / 16, 2 tiles)
-  float* kept = scratch<float>((products + 1) * block);     // (x.count / 32, height / 32, 32, 32), and one: not none
-  if (!left || !kept) return false;
+  float* kept = scratch<float>(products * block);           // (x.count / 32, height / 32, 32, 32)
+  if (!left || (products && !kept)) return false;
   Word* right = left + pairs * height;
   const WholeTiles tiles;
   for (long start = 0; start == 0 || start < x.rows; start += kTileChunk) {  // once for no rows

@@ -108,12 +108,12 @@ inline void product_of_rows(LeftTiles a, const Word* b, long line, long steps, N
   }
 }
 
-// C = S + A B, or A B without sums S, for one or two tiles of rows and two of columns. Lines of B are `line` words apart,
-// steps are a multiple of 16. What there are of rows beyond 32 is left.
+// C = S + A B, or A B without sums S, for 32 columns and up to 32 rows, as whole tiles; of more rows for the first 32. Lines
+// of B are `line` words apart, steps are a multiple of 16.
 //
 // Calls between(step) at every fourth step, between products of tiles: where another thread works on the same core, as it
-// may in a virtual machine, they come sooner with other instructions between them (by 1.1, and with fetches of what comes
-// next by 1.3).
+// may on the host of a virtual machine, a loop of them was 1.1 times as fast with any instructions there, and 1.3 times with
+// fetches of what comes next.
 template <typename Between>
 inline void product_of_tiles(long rows, LeftTiles a, const Word* b, long line, long steps, Numbers<const float> sums,
                              Numbers<float> c, Between between) {
