@@ -15,7 +15,7 @@ namespace {
 constexpr int kRows = 14;                 // of a product's left side at a time: 28 of 32 registers hold sums
 constexpr long kPanelBytes = 512 * 1024;  // of weights that meet all rows before the next do, half of the second cache
 constexpr long kTilePanelBytes = 1024 * 1024;  // the same where tiles multiply: processors that do have twice as much
-constexpr long kTilePart = 512;                // pairs that are summed there before the next are laid beside them
+constexpr long kTilePart = 512;                // pairs of inputs that are summed there before the next are taken up
 constexpr long kRowBytes = 128 * 1024;    // of rows that meet all of these before the next do
 constexpr long kChunk = 192;              // rows whose products are summed before a weight's gradient takes them up
 constexpr long kTileChunk = 256;          // rows laid out at a time in tiles, where sums go on from those before
@@ -117,7 +117,7 @@ struct Columns {
   }
 };
 
-// Fetches some rows from memory, line by line, evenly over a number of calls.
+// Fetches some rows from memory, line by line, evenly over a number of calls, one at least if there are any.
 class EvenlyAhead {
  public:
   EvenlyAhead(Columns x, long start, long end, long calls)
@@ -166,17 +166,19 @@ struct Rounding {
 
 // As multiply, for 32 rows and more. Returns whether there was memory for it.
 //
-// 32 at a time meet some panels, which stay in the second cache. Many inputs are summed in parts. In pauses between
-// products of tiles what comes next is fetched, and the sums of the last 32 columns are rounded, all before others are
-// stored in their place.
+// 32 rows at a time meet some panels, which stay in the second cache. Many inputs are summed in parts. In pauses between
+// products of tiles what comes next is fetched (but where a part or a group ends), and the sums of the last 32 columns
+// are rounded, all before others are stored in their place.
 bool multiply_in_tiles(const BFloat16* x, const Word* panels, BFloat16* y, long rows, long inner, long columns) {
   constexpr long block = kTall * kColumns;
   const long pairs = inner / 2, part = std::min(pairs, kTilePart), width = columns / kColumns;
   const long group = std::max(1L, kTilePanelBytes / (part * kColumns * static_cast<long>(sizeof(Word)))) * kColumns;
   const Share share((rows + kTall - 1) / kTall);
   const long begin = share.begin * kTall, end = std::min(rows, share.end * kTall);
-  float* kept = nullptr;  // sums of parts, (rows / 32, columns / 32, 32, 32)
-  if (part < pairs && begin < end && !(kept = scratch<float>((share.end - share.begin) * width * block))) return false;
+  if (begin >= end) return true;
+  const bool whole = part == pairs;
+  float* kept = whole ? nullptr : scratch<float>((share.end - share.begin) * width * block);  // of 32 x 32 each
+  if (!whole && !kept) return false;
   const WholeTiles tiles;
   alignas(kLine) float sums[block];
   Rounding rounding;
@@ -193,7 +195,7 @@ bool multiply_in_tiles(const BFloat16* x, const Word* panels, BFloat16* y, long 
                           (end_column - from_column) / kColumns * pauses);
         for (long j = from_column; j < end_column; j += kColumns) {
           const Word* panel = panels + j * pairs + p * kColumns;
-          float* at = kept + ((first - begin) / kTall * width + j / kColumns) * block;
+          float* at = whole ? nullptr : kept + ((first - begin) / kTall * width + j / kColumns) * block;
           const Rounding next{sums + known * kColumns, {y + first * columns + j, columns}, last ? kTall - known : 0};
           long row = 0;  // to be written after this product
           product_of_tiles(kTall, {left, pairs, kTile, kTile * pairs}, panel, kColumns, steps, {p ? at : nullptr, kColumns},
@@ -269,9 +271,10 @@ class Ahead {
 bool sum_outer_in_tiles(Columns d, Columns x, float* sums, long row) {
   constexpr long pairs = kTileChunk / 2, block = kTall * kColumns;
   const long height = up(d.count, kTall), products = height / kTall * (x.count / kColumns);
+  if (!products) return true;
   Word* left = scratch<Word>(pairs * (height + kColumns));  // (height / 32, pairs / 16, 2 tiles)
   float* kept = scratch<float>(products * block);           // (x.count / 32, height / 32, 32, 32)
-  if (!left || (products && !kept)) return false;
+  if (!left || !kept) return false;
   Word* right = left + pairs * height;
   const WholeTiles tiles;
   for (long start = 0; start == 0 || start < x.rows; start += kTileChunk) {  // once for no rows
@@ -335,15 +338,15 @@ bool sum_outer(Columns d, Columns x, float* sums, long row) {
   return true;
 }
 
-// Whether work() failed in any thread.
+// Whether there was memory for work() in every thread.
 template <typename Work>
-bool by_all_threads(Work work) {
-  bool failed = false;
+bool in_all_threads(Work work) {
+  bool enough = true;
 #pragma omp parallel
   if (!work())
 #pragma omp atomic write
-    failed = true;
-  return failed;
+    enough = false;
+  return enough;
 }
 
 }  // namespace
@@ -353,14 +356,14 @@ bool by_all_threads(Work work) {
 #define EXPORT(name, Weight)                                                                               \
   extern "C" int linear_outputs_##name(const BFloat16* x, const Weight* weight, Word* panels, BFloat16* y, \
                                        const long* n) {                                                    \
-    return by_all_threads([=] {                                                                            \
+    return !in_all_threads([=] {                                                                           \
       lay_out_outputs(weight, n[1], n[2], panels);                                                         \
       return multiply(x, panels, y, n[0], n[2], n[1]);                                                     \
     });                                                                                                    \
   }                                                                                                        \
   extern "C" int linear_input_gradient_##name(const BFloat16* d_y, const Weight* weight, Word* panels,     \
                                               BFloat16* d_x, const long* n) {                              \
-    return by_all_threads([=] {                                                                            \
+    return !in_all_threads([=] {                                                                           \
       lay_out_inputs(weight, n[1], n[2], panels);                                                          \
       return multiply(d_y, panels, d_x, n[0], n[1], n[2]);                                                 \
     });                                                                                                    \

@@ -66,6 +66,7 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
+// As product_of_tiles, for one or two tiles of rows.
 template <int Tall, typename Between>
 inline void product_of_rows(LeftTiles a, const Word* b, long line, long steps, Numbers<const float> sums, Numbers<float> c,
                             Between between) {
@@ -108,12 +109,12 @@ inline void product_of_rows(LeftTiles a, const Word* b, long line, long steps, N
   }
 }
 
-// C = S + A B, or A B without sums S, for 32 columns and up to 32 rows, as whole tiles; of more rows for the first 32. Lines
-// of B are `line` words apart, steps are a multiple of 16.
+// C = S + A B, or A B without sums S, of 32 columns and the first 32 rows, or 16 where there are no more; tiles are written
+// whole. Lines of B are `line` words apart, steps are a multiple of 16.
 //
 // Calls between(step) at every fourth step, between products of tiles: where another thread works on the same core, as it
-// may on the host of a virtual machine, a loop of them was 1.1 times as fast with any instructions there, and 1.3 times with
-// fetches of what comes next.
+// may on the host of a virtual machine, a loop of products was 1.1 times as fast with any instructions there, and 1.3 times
+// with fetches of what comes next.
 template <typename Between>
 inline void product_of_tiles(long rows, LeftTiles a, const Word* b, long line, long steps, Numbers<const float> sums,
                              Numbers<float> c, Between between) {

@@ -70,8 +70,8 @@ def assert_is_the_formula(x, weight, d_y):
 @example(33, 1, 1, torch.float32, 2, 0)
 @example(40, 1, 1, torch.float32, 5, 0)  # threads without a row in tiles
 @example(513, 5, 3, torch.float32, 2, 0)  # the odd 16 outputs in a chunk that is neither the first nor the last
-@example(70, 40, 33, torch.bfloat16, 2, 0)  # in tiles more panels than are taken at a time, and inputs in two parts
-@example(40, 2, 33, torch.float32, 5, 0)  # such parts, and threads without a row
+@example(70, 40, 65, torch.bfloat16, 2, 0)  # in tiles more panels than are taken at a time, and inputs in three parts
+@example(40, 2, 65, torch.float32, 5, 0)  # such parts, and threads without a row
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_products_and_their_gradients_are_the_formula(rows, outputs, inputs, dtype, threads, seed):
     torch.set_num_threads(threads)
@@ -99,7 +99,8 @@ def test_tiles_multiply_where_they_are_asked_to():
     x, d_y, weight = torch.randn(512, 512).bfloat16(), torch.randn(512, 512).bfloat16(), torch.randn(512, 512)
     found = []
     for tiles in (False, True):
-        native.use_tiles(tiles)
+        if native.use_tiles(tiles) != tiles:
+            pytest.skip("AMX is there, but not granted")
         found.append((sequence._linear(x, weight), *sequence._linear_backward(x, weight, d_y, True, True)))
     for by_vectors, by_tiles in zip(*found, strict=True):
         assert not torch.equal(by_vectors, by_tiles)
